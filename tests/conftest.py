@@ -1,0 +1,81 @@
+"""A cache of its own for every test, small constants, one thread, no network."""
+
+import os
+import random
+import socket
+
+import pytest
+import torch
+
+import prepare
+import train
+
+torch.set_num_threads(1)  # two on a busy core are far slower than one
+
+SENTENCES = [
+    "The quick brown fox jumps over 1234 lazy dogs, doesn't it?",
+    "def add(a, b):\n    return a + b\n",
+    "敏捷的棕色狐狸跳过了懒狗。",
+    "Ein Stück Käse für 3,50 €, s'il vous plaît!",
+    "😀 emoji 👩‍👩‍👧‍👦 families and flags 🇫🇷🇯🇵",
+    "x = [i**2 for i in range(10)]  # squares",
+    "\ufffd half characters were here \ufffd",
+]
+
+
+def some_text(seed: int, sentences: int) -> str:
+    """Sentences whose words are shuffled, the same for the same seed."""
+    rng = random.Random(seed)
+    words = [word for sentence in SENTENCES for word in sentence.split(" ")]
+    return " ".join(rng.choice(words) for _ in range(9 * sentences))
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path, monkeypatch):
+    """Nothing that a test does reaches the home directory or the network."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    for name in ("HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    connect = socket.socket.connect
+
+    def local_only(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"no network in tests: {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """400 tokens learned from SENTENCES and their shuffled words."""
+    return prepare.Tokenizer.train([*SENTENCES, some_text(0, 2000)], 400)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A prepared data set: 300 documents of own text, V = 400, T = 32, 64 rows to score."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for n in range(300):
+        (folder / f"{n}.txt").write_text(some_text(n, 1 + n % 7), encoding="utf-8")
+    monkeypatch.setattr(prepare, "DATASET", str(folder))
+    constants = {"VOCAB_SIZE": 400, "MAX_SEQ_LEN": 32, "EVAL_TOKENS": 64 * 32, "TIME_BUDGET": 2}
+    for name, value in constants.items():
+        monkeypatch.setattr(prepare, name, value)
+        if hasattr(train, name):
+            monkeypatch.setattr(train, name, value)
+    return prepare.prepare()
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def run_environment(tmp_path) -> dict:
+    """For a subprocess: this environment with a cache and a home of its own, one thread."""
+    home = {"HOME": str(tmp_path), "AUTORESEARCH_CACHE": str(tmp_path / "cache")}
+    return {**os.environ, **home, "OMP_NUM_THREADS": "1"}
