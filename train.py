@@ -86,6 +86,7 @@ FINAL_LR_FRAC = 0.0
 SEED = int(os.environ.get("SEED", "42"))  # a second one tells a gain from luck
 WARMUP_STEPS = 3  # on weights that are thrown away
 LOSS_SLICE = scale(2**15, 2**10)  # tokens whose logits exist at one time
+ACTIVATION_MEMORY = scale(0.95, 1.0)  # below 1 cheap activations are computed again, not kept
 MAX_LOSS = 100.0  # a run beyond it is ended
 LOG_LINES = 25
 HUNG_AFTER_S = TIME_BUDGET + 300  # from the moment that the data is ready
@@ -182,6 +183,10 @@ def window_mask(T: int, window: int, device: torch.device) -> torch.Tensor:
     return (distance >= 0) & (distance <= window)
 
 
+def repeat_heads(t: torch.Tensor, heads: int) -> torch.Tensor:
+    return t if t.size(2) == heads else t.repeat_interleave(heads // t.size(2), dim=2)
+
+
 def written_out(config: "GPTConfig", device: torch.device) -> Attend:
     """Matrix product, softmax, matrix product. The reference of all others; fast on short rows."""
     T = config.sequence_len
@@ -189,9 +194,8 @@ def written_out(config: "GPTConfig", device: torch.device) -> Attend:
 
     def attend(q, k, v, window):
         T = q.size(1)
-        groups = q.size(2) // k.size(2)
-        q = q.transpose(1, 2) * q.size(-1) ** -0.5  # (B, H, T, D), as k and v
-        k, v = (t.transpose(1, 2).repeat_interleave(groups, dim=1) for t in (k, v))
+        k, v = repeat_heads(k, q.size(2)), repeat_heads(v, q.size(2))
+        q, k, v = (t.transpose(1, 2) for t in (q * q.size(-1) ** -0.5, k, v))  # (B, H, T, D)
         scores = (q @ k.mT).masked_fill(blocked[window][:T, :T], -math.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2)
 
@@ -222,7 +226,7 @@ def torch_varlen(config: "GPTConfig", device: torch.device) -> Attend:
 
     def attend(q, k, v, window):
         B, T, H, D = q.shape
-        k, v = (t.repeat_interleave(H // k.size(2), dim=2) for t in (k, v))
+        k, v = repeat_heads(k, H), repeat_heads(v, H)
         starts = torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32)
         flat = [t.flatten(0, 1) for t in (q, k, v)]
         window = (min(window, T - 1), 0)
@@ -419,12 +423,23 @@ class GPT(nn.Module):
         angles = torch.outer(torch.arange(config.sequence_len), frequencies)[:, None]  # (T, 1, D/2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        self.trunk, self.loss_of_slice = self.hidden, loss_of_slice
+        self.run_eagerly()
+
+    def run_eagerly(self) -> None:
+        self.trunk, self.capped_logits, self.loss_of_slice = (
+            self.hidden,
+            capped_logits,
+            loss_of_slice,
+        )
 
     def compile(self) -> None:
         """Compile the trunk and the head, each for the shapes that it meets."""
-        self.trunk = torch.compile(self.hidden, dynamic=False)
-        self.loss_of_slice = torch.compile(loss_of_slice, dynamic=False)
+        from torch._functorch import config
+
+        config.activation_memory_budget = ACTIVATION_MEMORY
+        self.run_eagerly()
+        for name in ("trunk", "capped_logits", "loss_of_slice"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
     def place(self, platform: Platform) -> "GPT":
         """Move to the device; matrices and tables in the compute type, scalars in float32."""
@@ -468,7 +483,7 @@ class GPT(nn.Module):
         if targets is not None and reduction == "mean":
             weight, rows = self.lm_head.weight, (x.flatten(0, 1), targets.flatten())
             return SlicedLoss.apply(*rows, weight, self.loss_of_slice)
-        logits = soft_cap(self.lm_head(x).float())
+        logits = self.capped_logits(x, self.lm_head.weight)
         if targets is None:
             return logits
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
@@ -483,8 +498,9 @@ class GPT(nn.Module):
         return 6 * (sum(p.numel() for p in self.parameters()) - unmultiplied) + attention
 
 
-def soft_cap(logits: torch.Tensor) -> torch.Tensor:
-    return LOGIT_SOFT_CAP * torch.tanh(logits / LOGIT_SOFT_CAP)
+def capped_logits(x, weight):
+    """Soft-capped logits (…, V) float32."""
+    return LOGIT_SOFT_CAP * torch.tanh(F.linear(x, weight).float() / LOGIT_SOFT_CAP)
 
 
 def loss_of_slice(x, targets, weight):
@@ -814,7 +830,7 @@ def try_step(run: Run, step: int) -> bool:
     # Outside the handlers: a traceback would keep the failed step's memory alive.
     if problem:
         print(f"not compiled, so slower ({problem}); on a CPU install g++ or clang")
-        run.model.trunk, run.model.loss_of_slice = run.model.hidden, loss_of_slice
+        run.model.run_eagerly()
     else:
         run.rows //= 2
         print(f"out of memory: DEVICE_BATCH_SIZE {run.rows}, {run.micro_batches} micro-batches")
