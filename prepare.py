@@ -18,7 +18,6 @@ import importlib.metadata
 import json
 import math
 import os
-import random
 import re
 import sys
 import time
@@ -221,6 +220,7 @@ def local_dataset(files: list[Path], signature: list, least_chars: int) -> DataS
         groups[-1].append(path)
         room -= path.stat().st_size
     train = [Shard(f"train_{n}", partial(documents, g, False)) for n, g in enumerate(groups)]
+    signature = [least_chars, SHARD_BYTES, VALIDATION_SHARE, *signature]
     return DataSet(train, Shard("val", partial(documents, files, True)), signature, notes)
 
 
@@ -258,7 +258,7 @@ def parquet_texts(path: Path, first: int = 0, last: int | None = None) -> Iterat
 
 def file_texts(path: Path, least_chars: int, notes: Counter) -> Iterator[str]:
     """The documents of one file; what had to be skipped or replaced is counted in `notes`."""
-    if path.suffix == ".parquet":
+    if path.suffix == ".parquet" and is_parquet(path):
         yield from parquet_texts(path)
         return
     try:
@@ -408,9 +408,10 @@ def receive(url: str, partial: Path, bar) -> str | None:
         hops = [*answer.history, answer]  # an ETag behind the redirect is of another kind
         tags = [*(hop.headers.get("X-Linked-ETag") for hop in hops), hops[0].headers.get("ETag")]
         digest = next(iter(re.findall(r"\b[0-9a-f]{64}\b", str(tags))), None)
-        if answer.status_code == 416:  # nothing is missing
+        if answer.status_code == 416 and partial.exists():  # nothing is missing
             return digest
         refuse(answer)
+        bar.total = bar.total or int(answer.headers.get("Content-Length", 0))
         # 200, not 206: the server ignores ranges. Small blocks, as one that breaks off is lost.
         with open(partial, "ab" if answer.status_code == 206 else "wb") as file:
             for block in answer.iter_content(1 << 16):
@@ -442,6 +443,7 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+TOKENIZER_FILES = ("tokenizer.tiktoken", "tokenizer.json")
 BPE_CHARS = 1_000_000_000  # the vocabulary is made from at most this much training text
 BPE_DOCUMENT_CHARS = 10_000  # and this much of one document
 ENCODE_CHARS = 100_000  # tiktoken's regular expression runs out of stack on very long blanks
@@ -479,17 +481,19 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Write tiktoken's ranks format and a small JSON: text, never pickle."""
         lines = (base64.b64encode(t) + b" %d\n" % rank for t, rank in self.ranks.items())
-        with written_whole(directory / "tokenizer.tiktoken") as file:
+        ranks_file, about_file = (directory / name for name in TOKENIZER_FILES)
+        with written_whole(ranks_file) as file:
             file.write(b"".join(lines))
         about = {"pattern": SPLIT_PATTERN, "special_tokens": SPECIAL_TOKENS}
-        with written_whole(directory / "tokenizer.json") as file:
+        with written_whole(about_file) as file:
             file.write(json.dumps(about, indent=1).encode())
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
-        lines = (directory / "tokenizer.tiktoken").read_bytes().splitlines()
+        ranks_file, about_file = (directory / name for name in TOKENIZER_FILES)
+        lines = ranks_file.read_bytes().splitlines()
         ranks = {base64.b64decode(t): int(rank) for t, rank in (line.split() for line in lines)}
-        return cls(ranks, json.loads((directory / "tokenizer.json").read_text())["pattern"])
+        return cls(ranks, json.loads(about_file.read_text())["pattern"])
 
     def get_vocab_size(self) -> int:
         return len(self.ranks) + len(SPECIAL_TOKENS)
@@ -546,6 +550,11 @@ class Prepared(NamedTuple):
         file = self.tokens / self.manifest["rows"]
         return np.memmap(file, dtype=np.uint16, mode="r").reshape(-1, MAX_SEQ_LEN + 1)
 
+    def damaged(self) -> list[Path]:
+        """The files that are gone or have another size than when they were made."""
+        sizes = self.manifest["bytes"].items()
+        return [self.tokens / name for name, size in sizes if size_of(self.tokens / name) != size]
+
 
 def manifest_path() -> Path:
     """Where the manifest lies; ValueError, with the values, for constants that cannot work."""
@@ -569,12 +578,14 @@ def open_prepared() -> Prepared:
     if not path.exists():
         say(f"{DATASET} is not prepared yet; doing it now, in {path.parent}")
         return prepare()
-    prepared = Prepared(path.parent, json.loads(path.read_text()))
-    for name, size in prepared.manifest["bytes"].items():
-        file = prepared.tokens / name
-        if not file.exists() or file.stat().st_size != size:
-            raise FileNotFoundError(f"{file} is missing or cut short; run: uv run prepare.py")
+    prepared = read_manifest(path)
+    for file in prepared.damaged():
+        raise FileNotFoundError(f"{file} is missing or cut short; run: uv run prepare.py")
     return prepared
+
+
+def read_manifest(path: Path) -> Prepared:
+    return Prepared(path.parent, json.loads(path.read_text()))
 
 
 def prepare(num_shards: int | None = None, workers: int = 8) -> Prepared:
@@ -588,17 +599,21 @@ def prepare(num_shards: int | None = None, workers: int = 8) -> Prepared:
     with alone_in(path.parent):
         data = find_dataset(num_shards, workers)
         # All that tokens depend on: the text, and how documents and vocabulary are cut from it.
-        key = [VOCAB_SIZE, SPLIT_PATTERN, BPE_CHARS, BPE_DOCUMENT_CHARS, VALIDATION_SHARE]
+        key = [VOCAB_SIZE, SPLIT_PATTERN, BPE_CHARS, BPE_DOCUMENT_CHARS]
         folder = path.parent / f"v{VOCAB_SIZE}-{short_hash([*key, data.signature])}"
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()  # of a process that was killed: the lock is ours
+        manifests = path.parent.glob("prepared-*.json")
+        damaged = chain.from_iterable(read_manifest(manifest).damaged() for manifest in manifests)
+        for file in (*damaged, *folder.glob("*.tmp")):  # the lock is ours: their maker was killed
+            file.unlink(missing_ok=True)
         tokenizer = make_tokenizer(data, folder)
         train = [tokenize(shard, tokenizer, folder) for shard in data.train]
         validation = tokenize(data.validation, tokenizer, folder)
         rows = make_rows(validation, tokenizer.bos)
         manifest = describe(tokenizer, train, validation, rows)
-        with written_whole(path) as file:
-            file.write(json.dumps(manifest, indent=1).encode())
+        content = json.dumps(manifest, indent=1).encode()
+        if not path.exists() or path.read_bytes() != content:
+            with written_whole(path) as file:
+                file.write(content)
     for note, times in data.notes.items():
         say(f"note: {times:,} {note}")
     say(f"prepared {DATASET} in {time.perf_counter() - started_s:.0f} s, in {path.parent}")
@@ -607,7 +622,7 @@ def prepare(num_shards: int | None = None, workers: int = 8) -> Prepared:
 
 def make_tokenizer(data: DataSet, folder: Path) -> Tokenizer:
     """Learn the vocabulary from the training split alone, or load the one that is there."""
-    if (folder / "tokenizer.json").exists():  # written last
+    if all((folder / name).exists() for name in TOKENIZER_FILES):
         say(f"vocabulary: reusing {folder.name}")
         return Tokenizer.load(folder)
     say(f"vocabulary: learning {VOCAB_SIZE:,} tokens from the training text")
@@ -679,6 +694,7 @@ def make_rows(validation: Path, bos: int) -> Path:
     wanted = EVAL_TOKENS // MAX_SEQ_LEN
     path = validation.with_name(f"rows-t{MAX_SEQ_LEN}-n{wanted}.bin")
     if path.exists():
+        say(f"rows: reusing {path.name}")
         return path
     tokens = np.fromfile(validation, dtype=np.uint16)
     starts, lengths = document_spans(tokens, bos)
@@ -687,7 +703,8 @@ def make_rows(validation: Path, bos: int) -> Path:
     if len(rows) < LEAST_ROWS:
         raise ValueError(
             f'DATASET = "{DATASET}": its validation text fills {len(rows)} rows of MAX_SEQ_LEN + 1 '
-            f"= {MAX_SEQ_LEN + 1} tokens, at least {LEAST_ROWS} are needed: bring more documents"
+            f"= {MAX_SEQ_LEN + 1} tokens, at least {LEAST_ROWS} are needed: bring more documents "
+            "(text files are cut at blank lines)"
         )
     with written_whole(path) as file:
         file.write(np.stack(rows))
@@ -701,12 +718,12 @@ def describe(tokenizer: Tokenizer, train: list[Path], validation: Path, rows: Pa
         tokens = np.memmap(path, dtype=np.uint16, mode="r") if path.stat().st_size else []
         for i in range(0, len(tokens), 1 << 22):
             counts_V += np.bincount(tokens[i : i + (1 << 22)], minlength=VOCAB_SIZE)
-    scored = [rows.with_name("tokenizer.tiktoken"), rows.with_name("tokenizer.json"), rows]
+    scored = [*(rows.with_name(name) for name in TOKENIZER_FILES), rows]
     return {
         "tokens_in": rows.parent.name,
         "train": [path.name for path in train],
         "rows": rows.name,
-        "bytes": {path.name: path.stat().st_size for path in [*scored, *train]},
+        "bytes": {path.name: path.stat().st_size for path in [*scored, *train, validation]},
         "sha256": {path.name: sha256_of(path) for path in scored},
         "documents": int(counts_V[tokenizer.bos]),
         "tokens": int(counts_V.sum()),
@@ -737,9 +754,8 @@ BUFFER_DOCUMENTS = 1000  # among which the packing chooses
 LEAST_ROWS = 16  # of validation text: fewer would measure nothing
 BATCHES_AHEAD = 2
 
-Part = tuple[
-    int, int, int
-]  # document · its tokens after BOS to skip · tokens to take, BOS included
+# document · its tokens after BOS to skip · tokens to take, BOS included
+Part = tuple[int, int, int]
 
 
 def document_spans(tokens: np.ndarray, bos: int) -> tuple[np.ndarray, np.ndarray]:
@@ -804,9 +820,7 @@ def pack_training_rows(
     """
     arriving = enumerate(lengths)
     waiting: list[tuple[int, int]] = []  # (length, piece), sorted
-    queue: OrderedDict[int, tuple[int, int]] = (
-        OrderedDict()
-    )  # piece -> (length, used), oldest first
+    queue: OrderedDict = OrderedDict()  # piece -> (length, used), oldest first
     while True:
         row, room = [], row_tokens
         while room:
@@ -895,7 +909,7 @@ def ahead(items: Iterator) -> Iterator:
 def inputs_and_targets(batch: torch.Tensor, device: torch.device) -> tuple:
     """Split (B, T + 1) into (B, T) and (B, T) on `device`, which share no memory."""
     batch = batch.to(device, non_blocking=True)
-    return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    return batch[:, :-1].clone(), batch[:, 1:].clone()
 
 
 def make_dataloader(
@@ -927,11 +941,12 @@ def make_dataloader(
 
 # --- Evaluation ------------------------------------------------------------------
 
-LOGITS_AT_ONCE = 1 << 26  # in float32; more are turned into losses a slice at a time
+LOGITS_AT_ONCE = 1 << 26  # more are turned into losses a slice at a time
 # An honest model gives the same loss again to the last bit: the same shapes run the same kernels
 # (measured: float32 and bf16, eager and compiled). What hides below this is worth at most
 # 0.002 nats a token, 0.0007 bits a byte: less than the spread between two seeds.
 LOSS_TOLERANCE_NATS = 0.002
+BATCHES_PER_PROBE = 40  # and two probes at least: 2.5 % of an evaluation at the GPU scale
 
 
 class Refused(ValueError):
@@ -939,12 +954,10 @@ class Refused(ValueError):
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Cross-entropy per UTF-8 byte of target text, in bits. Lower is better.
+    """Cross-entropy per UTF-8 byte of target text, in bits; ValueError if there was no text.
 
-        >>> bits_per_byte(nats=math.log(256), num_bytes=1)  # a uniform guess over bytes
-        8.0
-
-    Raises ValueError if `num_bytes` is not positive: an evaluation that scored nothing.
+    >>> bits_per_byte(nats=math.log(256), num_bytes=1)  # a uniform guess over bytes
+    8.0
     """
     if num_bytes <= 0:
         raise ValueError(f"{num_bytes} bytes were scored")
@@ -955,146 +968,105 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
     """Bits per byte of `model` on the validation rows, `batch_size` rows at a time.
 
-    `model(idx)` must give finite logits (B, T, V) from tokens (B, T); it is never shown a target.
-    The number does not depend on `batch_size`; out of memory halves it and starts again. Raises
-    Refused for a model that uses future tokens or other rows, carries state from one batch to the
-    next, changes itself or gives anything else, and for files that are not those prepared.
+    `model(idx)` must give finite logits (B, T, V) from tokens (B, T). The number does not depend on
+    `batch_size`; out of memory halves it. Raises Refused for a model that looks at future tokens,
+    other rows or earlier batches or changes itself, and for files that are not those prepared.
     """
-    prepared = open_prepared()
-    lengths_V = torch.from_numpy(check_unchanged(prepared, tokenizer))
-    rows = prepared.rows()
+    rows, lengths_V = read_unaltered(open_prepared(), tokenizer)
     modes = [(module, module.training) for module in model.modules()]
-    before = {name: tensor.clone() for name, tensor in state_of(model)}
-    model.eval()
+    losses = None
     try:
-        while (sums := score_rows(model, rows, batch_size, lengths_V)) is None:
-            batch_size //= 2
-            say(f"evaluation: out of memory; starting again with {batch_size} rows at a time")
+        model.eval()
+        before = {name: state.clone() for name, state in raw_state(model).items()}
+        while losses is None:
+            try:
+                losses = checked_losses(model, rows, batch_size, len(lengths_V))
+            except torch.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+                batch_size //= 2
+                say(f"evaluation: out of memory; starting again, {batch_size} rows at a time")
+        for name, state in raw_state(model).items():
+            if name not in before or not before[name].equal(state):
+                raise Refused(f"the model changed its {name} while it was evaluated")
     finally:
         for module, mode in modes:
             module.training = mode
-    for name, tensor in state_of(model):
-        if name not in before or not torch.equal(tensor, before[name]):
-            raise Refused(f"the model changed its {name} while it was evaluated")
-    return bits_per_byte(*sums)
+    lengths_NT = lengths_V[rows[:, 1:]]  # 0 for special tokens, which are in neither sum
+    return bits_per_byte(float(losses[lengths_NT > 0].sum(dtype=float)), int(lengths_NT.sum()))
 
 
-def state_of(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
-def check_unchanged(prepared: Prepared, tokenizer: Tokenizer) -> np.ndarray:
-    """Token lengths `lengths_V` from the prepared files; Refused if anything was altered."""
+def read_unaltered(prepared: Prepared, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (N, T + 1) and `lengths_V`, from the very bytes that are hashed; Refused if altered."""
+    contents, folder = {}, prepared.tokens
     for name, digest in prepared.manifest["sha256"].items():
-        file = prepared.tokens / name
-        if sha256_of(file) != digest:
-            raise Refused(f"{file} was altered; remove it and run: uv run prepare.py")
-    fresh = Tokenizer.load(prepared.tokens)
+        contents[name] = (folder / name).read_bytes()
+        if hashlib.sha256(contents[name]).hexdigest() != digest:
+            raise Refused(f"{folder / name} was altered; remove {folder}, run: uv run prepare.py")
+    fresh = Tokenizer.load(folder)
     if getattr(tokenizer, "ranks", None) != fresh.ranks:
         raise Refused("the tokenizer is not the prepared one; use Tokenizer.from_directory()")
-    return fresh.token_lengths()
+    rows = np.frombuffer(contents[prepared.manifest["rows"]], np.uint16)
+    return rows.reshape(-1, MAX_SEQ_LEN + 1), fresh.token_lengths()
 
 
-def score_rows(
-    model: torch.nn.Module, rows: np.ndarray, batch_size: int, lengths_V: torch.Tensor
-) -> tuple[float, int] | None:
-    """Nats and bytes over all targets that are not special; None if memory did not suffice."""
+def raw_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and buffers as bytes, in which NaN equals itself."""
+    state = chain(model.named_parameters(), model.named_buffers())
+    return {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in state}
+
+
+def checked_losses(model: torch.nn.Module, rows: np.ndarray, B: int, V: int) -> np.ndarray:
+    """Losses (N, T) in nats of a model that looks at nothing but earlier tokens of a row."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    sum_device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-    lengths_V = lengths_V.to(sum_device)
-    losses = partial(token_losses, model, vocab_size=len(lengths_V), sum_device=sum_device)
-    nats = torch.zeros((), dtype=torch.float64, device=sum_device)
-    num_bytes = torch.zeros((), dtype=torch.int64, device=sum_device)
-    secret = random.SystemRandom()  # which batch is probed, and where, no model can foresee
-    probed = secret.randrange(-(-len(rows) // batch_size))
-    finite, kept = [], {}
+    batches, T = -(-len(rows) // B), rows.shape[1] - 1
+    numbers = np.arange(batches * B) % len(rows)  # the last batch is filled with the first rows
+    tokens = torch.from_numpy(rows[numbers].astype(np.int64)).to(device)
+    losses = torch.cat([token_losses(model, V, batch) for batch in tokens.split(B)])
+    refuse_where(~losses.isfinite(), "logits that are not finite", numbers)
+    secret = np.random.default_rng()  # seeded by the system: no model can foresee it
+    for n in range(max(2, batches // BATCHES_PER_PROBE)):
+        # Rows at their places in a batch, each with other tokens from a cut of its own on: a look
+        # ahead shows before it. First those of the first batch, one left whole, in which a look at
+        # other rows shows; then rows of any batch.
+        picks = secret.integers(batches if n else 1, size=B) * B + np.arange(B)
+        cut_B1 = secret.integers(1, T, (B, 1))
+        cut_B1[secret.integers(B)] += T * (n == 0)
+        added_BT = secret.integers(1, V, (B, T)) * (np.arange(T) >= cut_B1)
+        added_BT = torch.from_numpy(added_BT).to(device)
+        gaps_BT = (token_losses(model, V, tokens[picks], added_BT) - losses[picks]).abs()
+        other_BT = ~(gaps_BT <= LOSS_TOLERANCE_NATS) & (added_BT == 0)
+        if other_BT.any():
+            gaps_BT = (token_losses(model, V, tokens[picks]) - losses[picks]).abs()
+            leaks = gaps_BT[other_BT].max() <= LOSS_TOLERANCE_NATS  # with nothing changed
+            why = "only later tokens and other rows were changed" if leaks else "scored again"
+            refuse_where(other_BT, f"another loss when {why}", numbers[picks])
+    return losses[: len(rows)].cpu().numpy()
+
+
+def token_losses(model, V: int, tokens: torch.Tensor, added_BT: torch.Tensor | int = 0):
+    """Cross-entropy (B, T) in nats of the model's logits; not finite where these are not."""
+    inputs, targets = (tokens[:, :-1] + added_BT) % V, tokens[:, 1:]  # share no memory
     try:
-        for n, (batch, real) in enumerate(ahead(padded_batches(rows, batch_size, device))):
-            inputs, targets = inputs_and_targets(batch, device)
-            loss_BT, finite_BT = losses(inputs, targets)
-            bytes_BT = lengths_V[targets[:real].to(sum_device)]
-            nats += torch.where(bytes_BT > 0, loss_BT[:real], 0).double().sum()
-            num_bytes += bytes_BT.sum()
-            finite.append(finite_BT[:real])
-            if n in (0, probed):
-                kept[n] = inputs, targets, loss_BT
-        refuse_where(~torch.cat(finite), "logits that are not finite", 0)
-        inputs, targets, loss_BT = kept[0]
-        moved_BT = (losses(inputs, targets)[0] - loss_BT).abs() > LOSS_TOLERANCE_NATS
-        refuse_where(moved_BT, "another loss when the first batch was scored again at the end", 0)
-        inputs, targets, loss_BT = kept[probed]
-        changed, seen_BT = change_future(inputs, len(lengths_V), secret.getrandbits(60))
-        moved_BT = (losses(changed, targets)[0] - loss_BT).abs() > LOSS_TOLERANCE_NATS
-        what = "another loss when only later tokens and other rows were changed"
-        refuse_where(moved_BT & seen_BT.to(sum_device), what, probed * batch_size)
-    except torch.OutOfMemoryError:
-        if batch_size == 1:
-            raise
-        return None
-    return nats.item(), int(num_bytes)
-
-
-def padded_batches(rows: np.ndarray, batch_size: int, device: torch.device) -> Iterator[tuple]:
-    """All rows as (B, T + 1) int64, each with the number of rows that count: the last is filled."""
-    for first in range(0, len(rows), batch_size):
-        taken = rows[np.arange(first, first + batch_size) % len(rows)]
-        real = min(batch_size, len(rows) - first)
-        yield next(batches(((row, real) for row in taken), batch_size, device))
-
-
-def token_losses(
-    model: torch.nn.Module,
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    vocab_size: int,
-    sum_device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy (B, T) in nats from the model's logits, and where these are finite."""
-    try:
-        logits = model(inputs.clone())
+        logits = model(inputs)
     except TypeError as failure:
         raise Refused(f"model(idx) must give logits from tokens alone, but: {failure}") from failure
-    expected = (*targets.shape, vocab_size)
-    if type(logits) is not torch.Tensor or not logits.is_floating_point():
-        seen = getattr(logits, "dtype", type(logits).__name__)
-        raise Refused(f"model(idx) gave {seen}, not a plain tensor of floating-point logits")
-    if logits.shape != expected:
-        raise Refused(
-            f"model(idx) gave the shape {tuple(logits.shape)}, not (B, T, V) = {expected}"
-        )
-    rows_at_once = max(1, LOGITS_AT_ONCE // (expected[1] * vocab_size))
-    losses, finite = [], []
-    pairs = zip(logits.split(rows_at_once), targets.split(rows_at_once), strict=True)
-    for part, targets_bT in pairs:
-        part = part.float()
-        finite.append(torch.isfinite(part).all(-1))
-        loss = F.cross_entropy(part.flatten(0, 1), targets_bT.flatten(), reduction="none")
-        losses.append(loss.view_as(targets_bT))
-    return torch.cat(losses).to(sum_device), torch.cat(finite).to(sum_device)
+    shape = (*inputs.shape, V)
+    if type(logits) is not torch.Tensor or not logits.is_floating_point() or logits.shape != shape:
+        seen = [getattr(logits, name, None) for name in ("__class__", "dtype", "shape")]
+        raise Refused(f"model(idx) gave {seen}, not floating-point logits (B, T, V) = {shape}")
+    logits = torch.Tensor.detach(logits)  # without methods that the model hung on it
+    slices = (t.flatten(0, 1).split(LOGITS_AT_ONCE // V) for t in (logits, targets))
+    pairs = zip(*slices, strict=True)
+    # 0 x -inf is NaN: the loss alone does not show a logit of -inf for another token.
+    losses = [F.cross_entropy(x.float(), y, reduction="none") + 0 * x.amin(-1) for x, y in pairs]
+    return torch.cat(losses).view_as(targets)
 
 
-def change_future(inputs: torch.Tensor, vocab_size: int, seed: int) -> tuple:
-    """Inputs with other tokens after a place of its own in each row, one row left whole.
-
-    Also where the losses must stay: (B, T), up to that place. A look along time shows at the cut,
-    a look at other rows in the whole row.
-    """
-    B, T = inputs.shape
-    generator = torch.Generator().manual_seed(seed)
-    last_B = torch.randint(0, T - 1, (B,), generator=generator)
-    if B > 1:
-        last_B[torch.randint(0, B, (1,), generator=generator)] = T - 1
-    shift_BT = torch.randint(1, vocab_size, (B, T), generator=generator).to(inputs.device)
-    seen_BT = torch.arange(T) <= last_B[:, None]
-    seen_BT = seen_BT.to(inputs.device)
-    return torch.where(seen_BT, inputs, (inputs + shift_BT) % vocab_size), seen_BT
-
-
-def refuse_where(bad_BT: torch.Tensor, what: str, first_row: int) -> None:
-    """Refused, with the first row and position, if any of `bad_BT` is set."""
+def refuse_where(bad_BT: torch.Tensor, what: str, numbers: np.ndarray) -> None:
     if bad_BT.any():
         row, position = divmod(int(bad_BT.flatten().int().argmax()), bad_BT.shape[1])
-        raise Refused(f"the model gave {what}: row {first_row + row}, position {position}")
+        raise Refused(f"the model gave {what}: row {numbers[row]}, position {position}")
 
 
 # --- Command line ----------------------------------------------------------------
@@ -1108,8 +1080,9 @@ def explain(failure: Exception) -> str:
     """One paragraph for a person: what failed and what to do."""
     if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{failure}: free some space, or set AUTORESEARCH_CACHE to a folder on another disk"
-    if isinstance(failure, OSError) and failure.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"{failure}: set AUTORESEARCH_CACHE to a folder that you may write to"
+    unusable = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+    if isinstance(failure, OSError) and failure.errno in unusable:
+        return f"{failure}: mend this, or set AUTORESEARCH_CACHE to a folder that you may write to"
     return str(failure)
 
 

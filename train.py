@@ -55,6 +55,7 @@ SHORT_WINDOW = 1 / 2  # of a row
 ROTARY_BASE = 10_000
 LOGIT_SOFT_CAP = 15.0
 VALUE_EMBEDDING_EVERY = 2  # layers, counted back from the last one
+BIGRAM_ROWS = scale(0, 2**14)  # table of embeddings for hashed pairs of tokens; 0 for none
 GATE_CHANNELS = 32  # of a layer's input; they steer its value embedding
 
 EMBEDDING_STD = 1.0
@@ -93,8 +94,9 @@ HUNG_AFTER_S = TIME_BUDGET + 300  # from the moment that the data is ready
 
 # --- Platform --------------------------------------------------------------------
 
-# Dense bf16 products, in FLOP/s, by a part of the device's name: datasheets, without sparsity.
+# Dense bf16 products, in FLOP/s, by words of the device's name: datasheets, without sparsity.
 PEAK_FLOPS = {
+    "H200 NVL": 835e12,
     "H200": 989.5e12,
     "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
@@ -131,7 +133,8 @@ def find_platform() -> Platform:
     """CUDA (ROCm answers to that name), MPS or CPU; bf16 where it is faster than float32."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), 0.0)
+        words = f"{name} ".replace("-", " ")  # L4 is not L40, nor A100 A1000
+        peak = next((flops for part, flops in PEAK_FLOPS.items() if f" {part} " in words), 0.0)
         if not peak:
             print(f"peak rate of {name} unknown: mfu_percent will be 0.00")
         fast = torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
@@ -283,8 +286,7 @@ def choose_attention(config: "GPTConfig", platform: Platform) -> tuple[Attend, s
             attend = make(config, platform.device)
             tried[make.__name__] = attend, try_attention(attend, config, platform)
         except Exception as failure:
-            reason = str(failure).strip().splitlines() or [""]
-            print(f"attention: not {make.__name__}: {type(failure).__name__}: {reason[0][:120]}")
+            print(f"attention: not {make.__name__}: {first_line(failure)}")
             continue
         if platform.is_cuda:
             break
@@ -294,6 +296,11 @@ def choose_attention(config: "GPTConfig", platform: Platform) -> tuple[Attend, s
     times = ", ".join(f"{other} {seconds * 1e3:.1f} ms" for other, (_, seconds) in tried.items())
     print(f"attention: {name} ({times})")
     return tried[name][0], name
+
+
+def first_line(failure: Exception) -> str:
+    """Of what may be a page, or nothing."""
+    return f"{type(failure).__name__}: {str(failure).strip()[:120]}".splitlines()[0]
 
 
 def try_attention(attend: Attend, config: "GPTConfig", platform: Platform) -> float:
@@ -328,6 +335,7 @@ class GPTConfig:
     n_kv_head: int
     n_embd: int
     window_pattern: str = "SSSL"
+    bigram_rows: int = 0
 
     def windows(self) -> list[int]:
         """For each layer, how many tokens before itself a token sees."""
@@ -408,6 +416,7 @@ class GPT(nn.Module):
         attend = attend or written_out(config, torch.device("cpu"))
         head_dim = config.n_embd // config.n_head
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.bigrams = nn.Embedding(config.bigram_rows, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
         self.value_embeds = nn.ModuleDict(
             {
@@ -462,7 +471,7 @@ class GPT(nn.Module):
             elif weight is self.wte.weight or weight is self.lm_head.weight:
                 std = EMBEDDING_STD if weight is self.wte.weight else HEAD_STD
                 fresh = torch.randn(weight.shape, generator=generator) * std
-            elif "c_proj" in name or "gate" in name:
+            elif weight is self.bigrams.weight or "c_proj" in name or "gate" in name:
                 fresh = torch.zeros(weight.shape)
             else:
                 fresh = (torch.rand(weight.shape, generator=generator) * 2 - 1) * bound
@@ -471,7 +480,11 @@ class GPT(nn.Module):
     def hidden(self, idx: torch.Tensor) -> torch.Tensor:
         """Everything below the head."""
         cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
-        x = x0 = norm(self.wte(idx))
+        x = self.wte(idx)
+        if self.config.bigram_rows:
+            previous = F.pad(idx[:, :-1], (1, 0))
+            x = x + self.bigrams((previous * 36313 + idx * 27191) % self.config.bigram_rows)
+        x = x0 = norm(x)
         for layer, block in enumerate(self.blocks):
             x = self.residual_scales[layer] * x + self.skip_scales[layer] * x0
             table = self.value_embeds[str(layer)] if block.attn.gate is not None else None
@@ -491,7 +504,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self) -> int:
         """Forward and backward, of matrix products alone: 6 a weight, and the attention."""
-        tables = [self.wte, *self.value_embeds.values()]
+        tables = [self.wte, self.bigrams, *self.value_embeds.values()]
         unmultiplied = sum(table.weight.numel() for table in tables) + 2 * self.config.n_layer
         T, windows = self.config.sequence_len, self.config.windows()
         attention = sum(12 * self.config.n_embd * min(window, T) for window in windows)
@@ -636,14 +649,16 @@ class MuonAdamW(torch.optim.Optimizer):
 def make_optimizer(model: GPT) -> MuonAdamW:
     """The groups of parameters with their rules, rates and betas."""
     width_scale = (model.config.n_embd / 768) ** -0.5
-    tables = [model.wte.weight, *(table.weight for table in model.value_embeds.values())]
+    tables = [model.wte, *model.value_embeds.values()]
+    if model.config.bigram_rows:
+        tables.append(model.bigrams)
 
     def adam(params, lr, betas=ADAM_BETAS):
         return dict(kind="adamw", params=params, lr=lr, betas=betas, weight_decay=0.0)
 
     groups = [
         adam([model.lm_head.weight], UNEMBEDDING_LR * width_scale),
-        adam(tables, EMBEDDING_LR * width_scale),
+        adam([table.weight for table in tables], EMBEDDING_LR * width_scale),
         adam([model.residual_scales], SCALAR_LR * RESIDUAL_LR_SCALE),
         adam([model.skip_scales], SCALAR_LR, SKIP_BETAS),
     ]
@@ -736,7 +751,7 @@ def read_later(loss: torch.Tensor) -> Callable[[], float]:
 
 
 def check_finite(loss: float, step: int) -> None:
-    if not loss <= MAX_LOSS:
+    if not -math.inf < loss <= MAX_LOSS:
         raise Diverged(f"loss {loss:.4g} at step {step}")
 
 
@@ -760,7 +775,7 @@ class Run:
         width = -(-DEPTH * ASPECT_RATIO // HEAD_DIM) * HEAD_DIM
         heads = width // HEAD_DIM
         sizes = (MAX_SEQ_LEN, self.tokenizer.get_vocab_size(), DEPTH, heads, heads, width)
-        self.config = GPTConfig(*sizes, WINDOW_PATTERN)
+        self.config = GPTConfig(*sizes, WINDOW_PATTERN, BIGRAM_ROWS)
         self.rows = rows_that_divide(TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE)
         self.attend, self.attention = choose_attention(self.config, platform)
         self.model = GPT(self.config, self.attend).place(platform)
@@ -826,13 +841,13 @@ def try_step(run: Run, step: int) -> bool:
     except Exception as failure:  # whatever a compiler or its absence can raise
         if run.model.trunk == run.model.hidden:
             raise
-        problem = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:150]}"
+        problem = first_line(failure)
     # Outside the handlers: a traceback would keep the failed step's memory alive.
     if problem:
         print(f"not compiled, so slower ({problem}); on a CPU install g++ or clang")
         run.model.run_eagerly()
     else:
-        run.rows //= 2
+        run.rows = math.gcd(run.rows, run.rows // 2)  # 1 after an odd number: the total stays
         print(f"out of memory: DEVICE_BATCH_SIZE {run.rows}, {run.micro_batches} micro-batches")
     run.start_afresh()
     gc.collect()
@@ -869,13 +884,18 @@ def train(run: Run, clock: Clock) -> Log:
     """Take steps until the budget is used; the last one ends less than a step beyond it."""
     log = Log(clock)
     queued = []  # steps that are still running on the device
-    while clock.used_s + len(queued) * clock.step_s < clock.budget_s:
-        loss, epoch = run.take_step(clock.progress, clock.step + len(queued))
-        queued.append((read_later(loss), epoch))
-        if len(queued) > run.platform.is_cuda:
+    try:
+        while clock.used_s + len(queued) * clock.step_s < clock.budget_s:
+            loss, epoch = run.take_step(clock.progress, clock.step + len(queued))
+            queued.append((read_later(loss), epoch))
+            late = run.platform.is_cuda and clock.step > 0  # the first shows how long a step is
+            if len(queued) > late:
+                finish_step(queued.pop(0), clock, log)
+        while queued:
             finish_step(queued.pop(0), clock, log)
-    while queued:
-        finish_step(queued.pop(0), clock, log)
+    finally:
+        if sys.stdout.isatty():
+            print()  # after the line that renews itself
     return log
 
 
@@ -931,8 +951,10 @@ def run_experiment() -> None:
     started_s = time.perf_counter() - time.process_time()  # imports count
     open_prepared()  # prepares what is missing
     faulthandler.dump_traceback_later(HUNG_AFTER_S, exit=True)
-    torch.set_float32_matmul_precision("high")
-    run = Run(find_platform())
+    platform = find_platform()
+    if platform.is_cuda:
+        torch.set_float32_matmul_precision("high")
+    run = Run(platform)
     warm_up(run)
     gc.collect()
     gc.freeze()

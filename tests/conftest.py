@@ -6,11 +6,14 @@ import socket
 
 import pytest
 import torch
+from hypothesis import settings
 
 import prepare
 import train
 
 torch.set_num_threads(1)  # two on a busy core are far slower than one
+settings.register_profile("laws", database=None, deadline=None, derandomize=True)
+settings.load_profile("laws")
 
 SENTENCES = [
     "The quick brown fox jumps over 1234 lazy dogs, doesn't it?",
@@ -53,8 +56,8 @@ def tokenizer():
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    """A prepared data set: 300 documents of own text, V = 400, T = 32, 64 rows to score."""
+def own_text(tmp_path, monkeypatch):
+    """A folder of 300 documents, not prepared, and constants: V = 400, T = 32, 25 rows to score."""
     folder = tmp_path / "text"
     folder.mkdir()
     for n in range(300):
@@ -65,6 +68,12 @@ def small(tmp_path, monkeypatch):
         monkeypatch.setattr(prepare, name, value)
         if hasattr(train, name):
             monkeypatch.setattr(train, name, value)
+    return folder
+
+
+@pytest.fixture
+def small(own_text):
+    """The same text prepared."""
     return prepare.prepare()
 
 

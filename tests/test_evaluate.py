@@ -1,0 +1,402 @@
+"""The metric: against a slow evaluation in float64 and arithmetic by hand; honest models pass.
+
+The slow evaluation shares no code with prepare.py: from the text files and the raw ranks file on,
+it splits, encodes, packs and scores by the definitions in its own words.
+"""
+
+import base64
+import hashlib
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import regex
+import torch
+
+import prepare
+import train
+
+HERE = torch.device("cpu")
+ODD_TEXTS = [
+    "敏捷的棕色狐狸跳过了懒狗，然后消失在夜色里。".encode(),
+    "😀 👩‍👩‍👧‍👦 🇫🇷🇯🇵 emoji, ZWJ and flags 🏴‍☠️".encode(),
+    "Grüße, señor — naïve café à 3,50 £".encode("latin-1", errors="replace"),
+    "半个字符".encode()[:-1] + b" \xf0\x9f\x98 cut in the middle \xe6\x95",
+    b"plain words, and a\tfew <|reserved_0|> of another kind",
+]
+
+
+# The slow evaluation
+
+
+def tokens_by_hand(prepared) -> dict[bytes, int]:
+    """The raw ranks file: a line is a token's bytes in base64, and its number."""
+    lines = (prepared.tokens / "tokenizer.tiktoken").read_text().split("\n")[:-1]
+    return {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines}
+
+
+def encode_by_hand(text: str, numbers: dict[bytes, int], pattern: str) -> list[int]:
+    """BPE: in each match of the pattern join the pair with the lowest number, while any."""
+    encoded = []
+    for piece in regex.findall(pattern, text):
+        parts = [bytes([byte]) for byte in piece.encode()]
+        while True:
+            pairs = enumerate(itertools.pairwise(parts))
+            best, i = min(
+                ((numbers.get(a + b, math.inf), i) for i, (a, b) in pairs), default=(math.inf, 0)
+            )
+            if best == math.inf:
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        encoded += [numbers[part] for part in parts]
+    return encoded
+
+
+def rows_by_hand(documents: list[list[int]], row_tokens: int, wanted: int) -> list[list[int]]:
+    """The longest of at most 1000 that fits, else the shortest, cut; the first of equal ones."""
+    arriving, waiting, rows = list(documents), [], []
+    while len(rows) < wanted:
+        row = []
+        while len(row) < row_tokens:
+            while arriving and len(waiting) < 1000:
+                waiting.append(arriving.pop(0))
+            if not waiting:
+                return rows
+            fitting = [d for d in waiting if len(d) <= row_tokens - len(row)]
+            chosen = max(fitting, key=len) if fitting else min(waiting, key=len)
+            at = next(i for i, document in enumerate(waiting) if document is chosen)
+            row += waiting.pop(at)[: row_tokens - len(row)]
+        rows.append(row)
+    return rows
+
+
+def validation_by_hand(folder, prepared) -> list[list[int]]:
+    """Rows from the text files: those whose text's hash falls into the lowest tenth."""
+    numbers = tokens_by_hand(prepared)
+    pattern = json.loads((prepared.tokens / "tokenizer.json").read_text())["pattern"]
+    documents = []
+    for path in sorted(folder.iterdir()):
+        text = path.read_bytes().decode("utf-8", errors="replace")
+        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        if int(digest, 16) < 2**64 / 10:
+            documents.append([len(numbers), *encode_by_hand(text, numbers, pattern)])
+    return rows_by_hand(
+        documents, prepare.MAX_SEQ_LEN + 1, prepare.EVAL_TOKENS // prepare.MAX_SEQ_LEN
+    )
+
+
+@torch.no_grad()
+def slow_bpb(model, rows: list[list[int]], numbers: dict[bytes, int]) -> float:
+    """Sum over targets of -log2 of their probability, over the bytes of these targets."""
+    length = {number: len(token) for token, number in numbers.items()}  # none for special ones
+    bits, num_bytes = 0.0, 0
+    model.eval()
+    for row in rows:
+        probs = model(torch.tensor([row[:-1]]))[0].double().softmax(-1)
+        for position, target in enumerate(row[1:]):
+            if target in length:
+                bits -= math.log2(probs[position, target])
+                num_bytes += length[target]
+    model.train()
+    return bits / num_bytes
+
+
+# Models
+
+
+class Table(torch.nn.Module):
+    """Logits by the present token alone: the smallest honest model."""
+
+    def __init__(self, logits_VV: torch.Tensor):
+        super().__init__()
+        self.logits_VV = torch.nn.Parameter(logits_VV)
+
+    def forward(self, idx):
+        return self.logits_VV[idx]
+
+
+def random_model(seed: int = 1, scale: float = 0.2, layers: int = 2) -> train.GPT:
+    """A tiny GPT none of whose weights is zero: every part shows in the loss."""
+    model = train.GPT(train.GPTConfig(prepare.MAX_SEQ_LEN, prepare.VOCAB_SIZE, layers, 2, 2, 32))
+    model.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.data += scale * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+def trained_model(tokenizer, steps=20, dtype=torch.float32, layers=2) -> train.GPT:
+    model = random_model(1, 0.0, layers).place(train.Platform(HERE, dtype, "", 0.0))
+    batches = prepare.make_dataloader(tokenizer, 8, prepare.MAX_SEQ_LEN, "train")
+    optimizer = train.make_optimizer(model)
+    for step in range(steps):
+        train.accumulate_gradients(model, batches, 1)
+        train.apply_schedules(optimizer, step / steps, step)
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+    return model
+
+
+def score(model, batch_size: int = 8) -> float:
+    return prepare.evaluate_bpb(model, prepare.Tokenizer.from_directory(), batch_size)
+
+
+def by_hand(monkeypatch, tmp_path, tokens: list[bytes], rows: list[list[int]]) -> None:
+    """Lay out, as if prepared, these 257 or more tokens and rows of any kind."""
+    monkeypatch.setattr(prepare, "DATASET", str(tmp_path))
+    monkeypatch.setattr(prepare, "VOCAB_SIZE", len(tokens) + 4)
+    monkeypatch.setattr(prepare, "MAX_SEQ_LEN", len(rows[0]) - 1)
+    folder = prepare.manifest_path().parent / "by-hand"
+    folder.mkdir(parents=True)
+    lines = [b"%s %d\n" % (base64.b64encode(token), n) for n, token in enumerate(tokens)]
+    contents = {
+        "tokenizer.tiktoken": b"".join(lines),
+        "tokenizer.json": json.dumps({"pattern": r"\S+|\s+"}).encode(),
+        "rows.bin": np.array(rows, np.uint16).tobytes(),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    manifest = {
+        "tokens_in": "by-hand",
+        "train": [],
+        "rows": "rows.bin",
+        "bytes": {name: len(content) for name, content in contents.items()},
+        "sha256": {name: hashlib.sha256(c).hexdigest() for name, c in contents.items()},
+    }
+    prepare.manifest_path().write_text(json.dumps(manifest))
+
+
+# Laws
+
+
+@pytest.fixture
+def odd(small, tmp_path, monkeypatch):
+    """`small`, with 500 more documents: other scripts, bytes that are no UTF-8, half characters."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for path in (tmp_path / "text").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    for n in range(500):
+        order = np.random.default_rng(n).permutation(len(ODD_TEXTS))
+        (folder / f"odd-{n}.txt").write_bytes(b" ".join(ODD_TEXTS[i] for i in order))
+    monkeypatch.setattr(prepare, "DATASET", str(folder))
+    return prepare.prepare()
+
+
+def test_bpb_equals_a_slow_float64_evaluation(small, tmp_path):
+    rows = validation_by_hand(tmp_path / "text", small)
+    assert np.array_equal(rows, small.rows()), "other rows than those that the rule packs"
+    numbers = tokens_by_hand(small)
+    for model in (
+        random_model(),
+        trained_model(prepare.Tokenizer.from_directory()),
+        Table(3 * torch.randn(400, 400)),
+        Table(1e4 + torch.randn(400, 400)),  # far from zero
+        Table(3 * torch.randn(400, 400).bfloat16()),
+    ):
+        assert score(model) == pytest.approx(slow_bpb(model, rows, numbers), rel=1e-6)
+
+
+def test_bpb_counts_raw_bytes_of_other_scripts_and_of_invalid_utf8(odd, tmp_path):
+    rows, numbers = validation_by_hand(tmp_path / "odd", odd), tokens_by_hand(odd)
+    assert np.array_equal(rows, odd.rows())
+    tokens = {number: token for token, number in numbers.items()}
+    scored = b"".join(tokens.get(n, b"") for n in itertools.chain(*rows))
+    assert "狐狸".encode() in scored and "😀".encode() in scored
+    assert "Gr\ufffd\ufffde".encode() in scored, "latin-1 bytes become U+FFFD, three bytes each"
+
+    halves = []
+    for number in set(itertools.chain(*rows)) & set(tokens):
+        try:
+            tokens[number].decode()
+        except UnicodeDecodeError:
+            halves.append(number)
+    assert halves, "no token was half a character: this test tests nothing"
+    for model in (random_model(), trained_model(prepare.Tokenizer.from_directory(), 5)):
+        assert score(model) == pytest.approx(slow_bpb(model, rows, numbers), rel=1e-6)
+
+
+def test_bpb_does_not_depend_on_batch_size(odd, tmp_path):
+    model = trained_model(prepare.Tokenizer.from_directory())
+    assert len(odd.rows()) == 64
+    expected = slow_bpb(model, validation_by_hand(tmp_path / "odd", odd), tokens_by_hand(odd))
+    for batch_size in (1, 2, 3, 7, 64, 100):
+        assert score(model, batch_size) == pytest.approx(expected, rel=1e-6), batch_size
+
+
+def test_uniform_model_scores_log2_vocab_over_mean_bytes(small, tmp_path):
+    tokens = {number: token for token, number in tokens_by_hand(small).items()}
+    rows = validation_by_hand(tmp_path / "text", small)
+    lengths = [len(tokens[n]) for row in rows for n in row[1:] if n in tokens]
+    mean_bytes = sum(lengths) / len(lengths)
+    uniform = Table(torch.zeros(400, 400))
+    assert score(uniform) == pytest.approx(math.log2(400) / mean_bytes, rel=1e-6)
+
+
+def test_bpb_is_what_it_is_by_hand(monkeypatch, tmp_path):
+    # V = 261: the 256 bytes, 你 as number 256, and 4 special ones from BOS = 257 on.
+    bos, a, you, f0 = 257, 97, 256, 0xF0
+    rows = [[bos, a, you], [bos, f0, bos], [bos, a, you]]
+    by_hand(monkeypatch, tmp_path, [bytes([n]) for n in range(256)] + ["你".encode()], rows)
+    probs_VV = torch.full((261, 261), 1 / 261)
+    # After BOS: a half, the byte F0 an eighth, the rest shares what is left. After a: 你 a quarter.
+    probs_VV[bos] = 3 / 8 / 259
+    probs_VV[bos, a], probs_VV[bos, f0] = 1 / 2, 1 / 8
+    probs_VV[a] = 3 / 4 / 260
+    probs_VV[a, you] = 1 / 4
+    # Rows 0 and 2: 1 + 2 bits for 1 + 3 bytes. Row 1: 3 bits for 1 byte; BOS as a target is in
+    # neither sum, at any price. Half a character is one byte, not the three of U+FFFD.
+    probs_VV[f0, bos] = 1e-30
+    bpb = (3 + 3 + 3) / (4 + 1 + 4)
+    for batch_size in (1, 2, 3, 8):
+        assert score(Table(probs_VV.log()), batch_size) == pytest.approx(bpb, rel=1e-6)
+    assert score(Table(torch.zeros(261, 261))) == pytest.approx(math.log2(261) / (9 / 5), rel=1e-6)
+
+
+def test_nothing_scored_is_an_error():
+    with pytest.raises(ValueError, match="0 bytes"):
+        prepare.bits_per_byte(1.0, 0)
+
+
+def test_losses_do_not_depend_on_how_many_logits_are_taken_at_once(small, monkeypatch):
+    model = random_model()
+    whole = score(model)
+    for tokens in (1, 5, 100):
+        monkeypatch.setattr(prepare, "LOGITS_AT_ONCE", 400 * tokens)
+        assert score(model) == pytest.approx(whole, rel=1e-9)
+
+
+def test_modes_of_all_submodules_are_restored(small, monkeypatch):
+    model = random_model()
+    for number, module in enumerate(model.modules()):
+        module.training = number % 3 == 0
+    modes = [module.training for module in model.modules()]
+    seen = []
+    model.blocks[0].register_forward_hook(lambda block, *_: seen.append(block.mlp.training))
+    score(model)
+    assert not any(seen), "not in eval mode while it was evaluated"
+    assert [module.training for module in model.modules()] == modes
+    monkeypatch.setattr(model, "forward", lambda idx: None)
+    with pytest.raises(prepare.Refused):
+        score(model)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_evaluation_leaves_no_trace(small):
+    model = random_model()
+    weights = [weight.clone() for weight in model.parameters()]
+    random_state = torch.get_rng_state()
+    first, second = score(model), score(model)
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(
+        w.grad is None and torch.equal(w, old)
+        for w, old in zip(model.parameters(), weights, strict=True)
+    )
+
+
+class Limited(Table):
+    """Runs out of memory above some number of rows."""
+
+    most_rows = 5
+
+    def forward(self, idx):
+        if len(idx) > self.most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(idx)
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(small, capsys):
+    logits_VV = torch.randn(400, 400, generator=torch.Generator().manual_seed(0))
+    expected = score(Table(logits_VV))
+    capsys.readouterr()
+    assert score(Limited(logits_VV), 30) == pytest.approx(expected, rel=1e-9)
+    said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert len(said) == 3  # 30, 15, 7: too many; 3 fits
+    assert "3 rows at a time" in said[-1]
+
+
+def test_out_of_memory_with_one_row_is_raised(small):
+    model = Limited(torch.zeros(400, 400))
+    model.most_rows = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        score(model, 4)
+
+
+def test_the_model_sees_nothing_but_tokens_in_memory_of_their_own(small):
+    class Curious(Table):
+        def forward(self, idx):
+            assert idx.dtype == torch.int64 and idx.is_contiguous() and idx.grad_fn is None
+            assert not torch.is_grad_enabled()
+            assert idx._base is None
+            assert idx.untyped_storage().nbytes() == 8 * idx.numel(), (
+                "targets lie next to the inputs"
+            )
+            return super().forward(idx)
+
+    for batch_size in (1, 8, 100):
+        score(Curious(torch.zeros(400, 400)), batch_size)
+
+
+class Counting(Table):
+    calls = 0
+
+    def forward(self, idx):
+        type(self).calls += 1
+        return super().forward(idx)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "batches", "checks"),
+    [(10_240, 128, 80, 2), (64, 8, 8, 2), (64, 100, 1, 2), (10_240, 16, 640, 16)],
+)
+def test_checks_cost_at_most_two_passes_or_a_fortieth(
+    rows, batch_size, batches, checks, monkeypatch
+):
+    monkeypatch.setattr(Counting, "calls", 0)
+    tokens = np.random.default_rng(0).integers(0, 9, (rows, 4)).astype(np.uint16)
+    losses = prepare.checked_losses(Counting(torch.zeros(9, 9)), tokens, batch_size, 9)
+    assert losses.shape == (rows, 3)
+    assert Counting.calls == batches + checks
+    assert checks <= max(2, batches / 40)  # at the GPU scale, 80 batches, 2.5 % more
+
+
+# Honest models
+
+
+def test_honest_models_are_never_refused(small):
+    tokenizer = prepare.Tokenizer.from_directory()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = trained_model(tokenizer, 10, dtype)
+        scores = {score(model, 16) for _ in range(50)}
+        assert len(scores) == 1, scores
+
+
+def test_honest_compiled_bf16_model_is_not_refused(small):
+    model = trained_model(prepare.Tokenizer.from_directory(), 10, torch.bfloat16, layers=1)
+    eager = score(model, 16)
+    model.trunk = torch.compile(model.hidden, dynamic=False)
+    try:
+        scores = {score(model, 16) for _ in range(50)}
+    except torch._inductor.exc.InductorError as failure:
+        pytest.skip(f"no compiler here: {failure}")
+    assert len(scores) == 1, scores
+    assert scores.pop() == pytest.approx(eager, rel=1e-2)
+
+
+def test_honest_model_with_a_nan_in_a_buffer_is_not_refused(small):
+    model = random_model()
+    model.register_buffer("unused", torch.full((3,), math.nan))
+    model.register_buffer("scalar", torch.tensor(2, dtype=torch.int8))
+    score(model)
+
+
+@pytest.mark.gpu
+def test_gpu_gives_the_number_of_the_cpu_and_refuses_no_honest_model(small):
+    model = trained_model(prepare.Tokenizer.from_directory())
+    expected = score(model)
+    assert score(model.to("cuda")) == pytest.approx(expected, rel=1e-4)
+    model.place(train.Platform(torch.device("cuda"), torch.bfloat16, "", 0.0)).compile()
+    assert len({score(model, 16) for _ in range(50)}) == 1

@@ -1,0 +1,601 @@
+"""Every command that program.md and README.md show is taken from them and run.
+
+In a git repository of its own, by the shells that agents have, with a `uv` that plays a run and a
+`sleep` that takes a thousandth of its time.
+"""
+
+import inspect
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import conftest
+import pytest
+
+import prepare
+import train
+
+ROOT = Path(train.__file__).parent
+PROGRAM = (ROOT / "program.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> list[str]:
+    """The fenced command blocks, without the indent of the list that they stand in."""
+    found = re.findall(r"^( *)```sh\n(.*?)^ *```$", text, re.M | re.S)
+    return [re.sub(f"^{indent}", "", block, flags=re.M) for indent, block in found]
+
+
+def inline(text: str) -> list[str]:
+    """What stands `between backticks`, outside the blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.M | re.S))
+
+
+def the_block(fragment: str) -> str:
+    """program.md's one block that holds this fragment."""
+    (block,) = (block for block in blocks(PROGRAM) if fragment in block)
+    return block
+
+
+BRANCH, PREPARE, COMMIT, RUN, WAIT, READ, RECORD, DROP = (
+    the_block(fragment)
+    for fragment in (
+        "git checkout -b",
+        "uv run prepare.py",
+        "git commit",
+        "nohup",
+        "while [",
+        "grep -E",
+        "git notes",
+        "update-ref",
+    )
+)
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+
+FAKE_UV = """#!/bin/sh
+echo "$*" >> "$CALLS"
+[ "$2" = train.py ] || exit 0
+echo "step     1 · loss 9.0110"
+case "$PLAY" in
+  crash) echo "Traceback (most recent call last):"; echo "RuntimeError: boom" >&2; exit 1 ;;
+  nan) echo "error: loss nan at step 412" >&2; exit 1 ;;
+  hang) exec "$REAL_SLEEP" 60 ;;
+  slow) "$REAL_SLEEP" 1 ;;
+esac
+cat << end
+---
+val_bpb:          ${SCORE:-0.997900}
+training_seconds: 300.1
+total_seconds:    325.9
+peak_vram_mb:     45060.2
+mfu_percent:      39.80
+total_tokens_M:   499.6
+num_steps:        953
+num_params_M:     50.3
+depth:            8
+benchmark:        climbmix-v8192-t2048-300s-12345678
+device:           NVIDIA H100 80GB HBM3
+attention:        flash_attention_3
+seed:             $SEED
+train_loss:       2.9541
+epoch:            1
+tokens_per_second: 1665000
+end
+"""
+FAKE_SLEEP = """#!/bin/sh
+exec "$REAL_SLEEP" "$(echo "$1" | LC_ALL=C awk '{ print $1 / 1000 }')"
+"""
+ENDLESS = """#!/bin/sh
+echo "$(basename "$0") $*" >> "$CALLS"
+[ "$(grep -c "^$(basename "$0")" "$CALLS")" -lt 3 ] || kill "$PPID"
+"""
+
+# An agent's shell, and what `sh` is there: Debian's, Fedora's and macOS's.
+SHELLS = [("dash", "dash"), ("bash", "bash"), ("zsh", "bash")]
+SHELLS = [pair for pair in SHELLS if all(map(shutil.which, pair))] or [("sh", "sh")]
+
+
+class Night:
+    """A repository with this project's files, and a shell in it."""
+
+    def __init__(self, folder: Path, shell: str, sh: str):
+        self.folder, self.shell, tools = folder / "lab", shell, folder / "tools"
+        self.folder.mkdir()
+        tools.mkdir()
+        scripts = {"uv": FAKE_UV, "sleep": FAKE_SLEEP, "claude": ENDLESS, "codex": ENDLESS}
+        for name, script in scripts.items():
+            (tools / name).write_text(script)
+            (tools / name).chmod(0o755)
+        (tools / "sh").symlink_to(shutil.which(sh))
+        self.calls_file = folder / "calls"
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("GIT_") and k != "SEED"},
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "HOME": str(folder),
+            "REAL_SLEEP": shutil.which("sleep"),
+            "CALLS": str(self.calls_file),
+            "GIT_CONFIG_NOSYSTEM": "1",
+        }
+        for name in ("train.py", "prepare.py", "program.md", "README.md", ".gitignore"):
+            shutil.copy(ROOT / name, self.folder / name)
+        self.git("init", "-q", "-b", "main")
+        self.git("config", "user.email", "agent@example.com")
+        self.git("config", "user.name", "agent")
+        self.git("add", ".")
+        self.git("commit", "-q", "-m", "Lay out the lab")
+
+    def git(self, *args: str) -> str:
+        command = ["git", *args]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (args, done.stderr)
+        return done.stdout
+
+    def say(self, command: str, expected: int = 0, **environment: str) -> str:
+        """Standard output of a command that an agent types."""
+        done = subprocess.run(
+            [self.shell, "-c", command],
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == expected, (command, done.stdout, done.stderr)
+        said = [x for x in done.stderr.splitlines() if not x.startswith("Switched to a new branch")]
+        assert not said, (command, done.stderr)
+        return done.stdout
+
+    def change(self, subject: str, line: str = "# changed") -> str:
+        """An idea: edit train.py and commit it as program.md says; the commit's short name."""
+        with open(self.folder / "train.py", "a") as file:
+            file.write(line + "\n")
+        message = '"matrix learning rate 0.04 to 0.06"'
+        assert message in COMMIT
+        self.say(COMMIT.replace(message, shlex.quote(subject)))
+        return self.git("rev-parse", "--short", "HEAD").strip()
+
+    def run(self, play: str = "score", score: str = "0.997900", seed: int = 42) -> list[str]:
+        """Start a run, wait for it, and give the lines of run.log."""
+        assert RUN.count("SEED=42") == 1
+        out = self.say(RUN.replace("SEED=42", f"SEED={seed}"), PLAY=play, SCORE=score)
+        assert out == ""
+        for _ in range(300):
+            shown = self.say(WAIT)
+            if shown.startswith("exit status"):
+                return (self.folder / "run.log").read_text(encoding="utf-8").splitlines()
+        raise AssertionError(shown)
+
+    def record(self, verdict: str = "keep", **environment: str) -> str:
+        assert RECORD.count("verdict=keep") == 1
+        return self.say(RECORD.replace("verdict=keep", f"verdict={verdict}"), **environment)
+
+    def table(self) -> list[list[str]]:
+        text = (self.folder / "results.tsv").read_text(encoding="utf-8")
+        return [line.split("\t") for line in text.splitlines()]
+
+    def set_up(self) -> "Night":
+        self.say(BRANCH)
+        self.say(PREPARE)
+        return self
+
+
+@pytest.fixture(params=SHELLS, ids=lambda pair: f"{pair[0]}, sh is {pair[1]}")
+def night(request, tmp_path):
+    return Night(tmp_path, *request.param).set_up()
+
+
+@pytest.fixture
+def one_night(tmp_path):
+    """In one shell only, for what no shell changes."""
+    return Night(tmp_path, *SHELLS[0]).set_up()
+
+
+# --- Set-up ---
+
+
+def test_set_up_makes_the_branch_and_the_table(night):
+    assert re.fullmatch(
+        r"autoresearch/[a-z]{3}\d\d", night.git("branch", "--show-current").strip()
+    )
+    assert (night.folder / "results.tsv").read_text() == HEADER
+    assert night.calls_file.read_text() == "run prepare.py\n"
+    assert night.git("status", "--short") == ""  # git ignores the table
+
+
+def test_set_up_again_loses_no_row(night):
+    night.run()
+    night.record()
+    night.say(PREPARE)
+    assert len(night.table()) == 2
+
+
+# --- A run ---
+
+
+def test_a_run_outlives_the_shell_and_says_what_ran_and_how_it_ended(night):
+    commit = night.change("wider")
+    started_s = time.perf_counter()
+    night.say(RUN, PLAY="slow")
+    assert time.perf_counter() - started_s < 0.9, "it waited for the run"
+    lines = night.run("slow")
+    assert lines[:2] == [f"commit: {commit}", "seed: 42"] and lines[-1] == "exit status: 0"
+    assert "val_bpb:          0.997900" in lines
+    assert night.calls_file.read_text().splitlines()[-1] == "run train.py"
+
+
+def test_waiting_ends_before_an_agents_shell_is_killed_and_floods_nothing(night):
+    # Ten times ten seconds; the shells of coding agents end commands after 120 s.
+    turns, seconds = re.search(r"\[ \$n -lt (\d+) \].*sleep (\d+)", WAIT).groups()
+    assert int(turns) * int(seconds) <= 110
+    (night.folder / "run.log").write_text("commit: 1234567\n" + "x" * 100_000)
+    assert len(night.say(WAIT)) <= 201
+
+
+@pytest.mark.parametrize("name", ["train.py", "prepare.py"])
+def test_only_what_is_committed_runs(night, name):
+    with open(night.folder / name, "a") as file:
+        file.write("# a linter's\n")
+    assert night.say(RUN) == "commit first\n"
+    assert not (night.folder / "run.log").exists()
+    night.git("add", name)
+    assert night.say(RUN) == "commit first\n"
+
+
+def test_a_run_that_hangs_is_ended(night):
+    assert "sleep 1200" in RUN
+    lines = night.run("hang")
+    assert re.fullmatch(r"exit status: 143", lines[-1])  # 128 + SIGTERM
+    night.record()
+    assert night.table()[-1][1:4] == ["0.000000", "0.0", "crash"]
+
+
+def test_reading_shows_the_figures(night):
+    commit = night.change("wider")
+    night.run()
+    assert night.say(READ).splitlines() == [
+        f"commit: {commit}",
+        "val_bpb:          0.997900",
+        "peak_vram_mb:     45060.2",
+        "num_steps:        953",
+        "train_loss:       2.9541",
+        "exit status: 0",
+    ]
+
+
+def test_the_end_of_a_crashed_runs_log_says_why(night):
+    (why,) = (span for span in inline(PROGRAM) if span.startswith("tail -n 20 run.log"))
+    night.run("crash")
+    assert "val_bpb" not in night.say(READ)
+    assert "RuntimeError: boom\nexit status: 1\n" in night.say(why)
+    night.run("nan")
+    assert "error: loss nan at step 412\n" in night.say(why)
+
+
+# --- The table ---
+
+
+def test_rows_come_from_the_log_and_from_git(night):
+    kept = night.change("matrix learning rate 0.04 to 0.06")
+    night.run(score="0.991234")
+    shown = night.record("keep")
+    discarded = night.change("""quotes ' and " and 100 % \\n and $HOME""")
+    night.run(score="1.000000", seed=43)
+    night.record("discard")
+    crashed = night.change("a\ttab")
+    night.run("crash")
+    night.record("keep")  # a slip: there is no score
+    assert night.table() == [
+        HEADER.strip().split("\t"),
+        [kept, "0.991234", "44.0", "keep", "matrix learning rate 0.04 to 0.06, seed 42"],
+        [
+            discarded,
+            "1.000000",
+            "44.0",
+            "discard",
+            """quotes ' and " and 100 % \\n and $HOME, seed 43""",
+        ],
+        [crashed, "0.000000", "0.0", "crash", "a tab, seed 42"],
+    ]
+    assert shown == "\t".join(night.table()[1]) + "\n"
+
+
+def test_scores_stand_in_plain_git_log(night):
+    commit = night.change("wider")
+    night.run(score="0.991234")
+    night.record()
+    night.run(score="0.992345", seed=43)
+    night.record()
+    log = night.git("log", "-1")
+    assert "wider" in log and "Notes:" in log
+    for score, seed in (("0.991234", 42), ("0.992345", 43)):
+        assert f"{commit}\t{score}\t44.0\tkeep\twider, seed {seed}" in log
+
+
+def test_a_row_names_the_commit_that_ran_not_the_present_one(one_night):
+    ran = one_night.change("wider")
+    one_night.run()
+    one_night.change("deeper")
+    one_night.record()
+    assert one_night.table()[-1][0] == ran and "wider" in one_night.table()[-1][-1]
+    assert "Notes:" in one_night.git("log", "-1", ran)
+
+
+@pytest.fixture(scope="session")
+def comma_locale(tmp_path_factory):
+    """Environment of a locale that writes 0,5."""
+    known = subprocess.run(["locale", "-a"], capture_output=True, text=True).stdout.split()
+    for name in known:
+        if re.fullmatch(r"(de_DE|fr_FR)\.utf-?8", name, re.I):
+            return {"LC_ALL": name, "LANG": name}
+    if not shutil.which("localedef"):
+        pytest.skip("no locale with a decimal comma here")
+    folder = tmp_path_factory.mktemp("locale")
+    command = ["localedef", "-i", "de_DE", "-f", "UTF-8", str(folder / "de_DE.UTF-8")]
+    if subprocess.run(command, capture_output=True).returncode > 1:
+        pytest.skip("no locale with a decimal comma here")
+    return {"LOCPATH": str(folder), "LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8"}
+
+
+def test_a_locale_with_a_comma_changes_nothing(night, comma_locale):
+    assert "0,5" in subprocess.run(
+        ["bash", "-c", "printf '%.1f' 0,5"],
+        env={**night.environment, **comma_locale},
+        capture_output=True,
+        text=True,
+    ).stdout
+    night.environment |= comma_locale
+    night.change("wider")
+    night.run(score="0.991234")
+    night.record()
+    assert night.table()[-1][1:3] == ["0.991234", "44.0"]
+
+
+# --- Keep or drop ---
+
+
+def test_dropping_keeps_the_commit_and_takes_back_train_py_alone(night):
+    before = night.git("rev-parse", "HEAD").strip()
+    dropped = night.change("wider")
+    (night.folder / "README.md").write_text("the person's unfinished thought")
+    (night.folder / "notes.txt").write_text("staged")
+    night.git("add", "notes.txt")
+    night.run()
+    night.record("discard")
+    night.say(DROP)
+    assert night.git("rev-parse", "HEAD").strip() == before
+    assert (night.folder / "train.py").read_text() == (ROOT / "train.py").read_text()
+    assert night.git("status", "--short").splitlines() == [" M README.md", "A  notes.txt"]
+    assert (night.folder / "README.md").read_text() == "the person's unfinished thought"
+    (kept,) = night.git("for-each-ref", "--format=%(refname)", "refs/experiments/").split()
+    assert kept == f"refs/experiments/{dropped}"
+    log = night.git("log", "-1", kept)
+    assert "wider" in log and "discard" in log
+    assert night.table()[-1][0] == dropped  # the table is not git's
+
+
+def test_the_search_finds_dropped_ideas_and_no_notes(night):
+    night.change("wider")
+    night.run()
+    night.record("discard")
+    night.say(DROP)
+    night.change("deeper")
+    (search,) = (span for span in inline(PROGRAM) if span.startswith("git log --oneline --b"))
+    found = night.say(search)
+    assert "wider" in found and "deeper" in found and "Notes" not in found
+
+
+def test_an_experiment_commits_train_py_alone(night):
+    (night.folder / "prepare.py").write_text("changed")
+    (night.folder / "new.txt").write_text("new")
+    night.git("add", "new.txt")
+    night.change("wider")
+    assert night.git("show", "--name-only", "--format=%s", "HEAD").split() == ["wider", "train.py"]
+    (amend,) = (span for span in inline(PROGRAM) if "--amend" in span)
+    with open(night.folder / "train.py", "a") as file:
+        file.write("# mended\n")
+    night.say(amend)
+    assert night.git("show", "--name-only", "--format=%s", "HEAD").split() == ["wider", "train.py"]
+
+
+def test_the_first_look_shows_a_night_under_way(night):
+    (look,) = (span for span in inline(PROGRAM) if span.startswith("git status --short;"))
+    commit = night.change("wider")
+    night.run()
+    night.record()
+    shown = night.say(look)
+    for sign in ("* autoresearch/", commit, "keep", "exit status: 0"):
+        assert sign in shown
+
+
+# --- The two files as texts ---
+
+# GNU's alone: macOS has other forms of these, or none.
+GNU_ONLY = (
+    r"\btimeout\b|\bsetsid\b|\bnproc\b|\btac\b|\bseq\b|\bflock\b|\breadlink -f|\brealpath\b|"
+    r"sed -i|sed -r|date -d|date --|grep -P|grep .*--[a-z]|stat -c|head -n -|head -c|tail --|"
+    r"sort -V|xargs -r|cp --|mktemp --|echo -e|\[\[|<\(|&>|\bdeclare\b|\blocal\b|<<<|\bmd5sum\b|"
+    r"\bsha256sum\b|sleep \d+[smh]|\bawk -i|print -P|\bfree\b|watch |column -"
+)
+
+
+@pytest.mark.parametrize("text", [PROGRAM, README], ids=["program.md", "README.md"])
+def test_no_command_is_for_linux_alone(text):
+    commands = [*blocks(text), *(span for span in inline(text) if " " in span)]
+    assert [c for c in commands if re.search(GNU_ONLY, c)] == []
+
+
+def test_every_inline_command_of_program_md_runs(one_night):
+    one_night.change("wider")
+    one_night.run()
+    starts = ("git ", "cat ", "tail ", "grep ", "ls ", "uv ")
+    commands = [span for span in inline(PROGRAM) if span.startswith(starts)]
+    assert len(commands) >= 5
+    for command in commands:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=one_night.folder, env=one_night.environment
+        )
+        # `git commit --amend` and `git diff` of nothing are no failures here.
+        assert done.returncode in (0, 1), command
+
+
+@pytest.mark.parametrize("number", range(len(blocks(README))))
+@pytest.mark.parametrize("shell", sorted({shell for shell, _ in SHELLS}))
+def test_every_block_of_the_readme_runs(number, shell, tmp_path):
+    night = Night(tmp_path, shell, "sh")
+    block = blocks(README)[number]
+    endless = block.startswith("while ")
+    done = subprocess.run(
+        [shell, "-c", block],
+        cwd=night.folder,
+        env=night.environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == (-15 if endless else 0), done.stderr
+    calls = night.calls_file.read_text() if night.calls_file.exists() else ""
+    for tool in ("uv", "claude", "codex"):
+        starts = len(re.findall(rf"^\s*{tool} ", block, re.M))
+        prefix = "" if tool == "uv" else f"{tool} "
+        if starts:
+            seen = [line for line in calls.splitlines() if line.startswith(prefix)]
+            assert len(seen) >= starts, calls
+
+
+def test_uv_commands_name_what_exists():
+    known_tools = {"pytest", "jupyter-execute", "ruff"}
+    commands = re.findall(r"uv run ([^\n`#>&;|]+)", "\n".join([PROGRAM, README]))
+    assert commands
+    for command in commands:
+        words = command.split()
+        if words[0] == "--with":
+            words = words[2:]
+        assert words[0].endswith(".py") or words[0] in {*known_tools, "jupyter"}, command
+        for word in words:
+            if word.endswith((".py", ".ipynb")):
+                assert (ROOT / word).exists(), command
+    installed = Path(sys.executable).parent
+    assert all((installed / tool).exists() for tool in known_tools if tool in README)
+
+
+def test_the_options_that_the_readme_names_are_prepares(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--help"])
+    with pytest.raises(SystemExit):
+        prepare.main()
+    known = capsys.readouterr().out
+    options = {span.split()[0] for span in inline(README) if span.startswith("--")}
+    assert options and all(option in known for option in options), options
+
+
+OUTPUTS = {"results.tsv", "run.log", "progress.png"}
+ELSEWHERE = {"CUDA_VISIBLE_DEVICES", "AUTORESEARCH_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HEAD"}
+
+
+@pytest.mark.parametrize("text", [PROGRAM, README], ids=["program.md", "README.md"])
+def test_every_name_in_the_texts_exists_in_the_code(text):
+    spans = inline(text)
+    code = (ROOT / "prepare.py").read_text() + (ROOT / "train.py").read_text()
+    for span in spans:
+        for name in re.findall(r"\b[A-Z][A-Z0-9]*_[A-Z0-9_]+\b|^[A-Z]{4,}\b(?= =|$)", span):
+            known = hasattr(train, name) or hasattr(prepare, name) or name in ELSEWHERE
+            assert known and (name in code or name in ELSEWHERE), name
+        if re.fullmatch(r"[\w.-]+\.(py|md|ipynb|tsv|log|png|toml|lock)", span):
+            assert span in OUTPUTS or (ROOT / span).exists(), span
+        if re.fullmatch(r"[a-z]+(_[a-z]+)+", span):
+            assert span in code, span
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {"results.tsv", "run.log"} <= set(ignored)
+
+
+def test_the_summary_has_the_names_that_program_md_reads():
+    names = re.search(r"\^\((.*)\):", READ)[1].split("|")
+    printed = set(re.findall(r'^ +"(\w+)": ', inspect.getsource(train.summary), re.M))
+    assert set(names) - {"commit", "exit status"} <= printed
+    fields = set(re.findall(r"field (\w+)", RECORD)) - {"commit"}
+    assert {"val_bpb", "peak_vram_mb", "seed"} <= fields <= printed
+
+
+def test_data_sets_that_the_readme_names_exist():
+    (sentence,) = (line for line in README.splitlines() if line.startswith("`DATASET` in"))
+    named = [span for span in inline(sentence) if re.fullmatch("[a-z]+", span)]
+    assert set(named) - {"text"} == {*prepare.HUB, "pysource"}  # text is a column
+
+
+def test_dependencies_come_from_the_standard_index_alone():
+    lock = tomllib.loads((ROOT / "uv.lock").read_text())
+    addresses = set()
+    for package in lock["package"]:
+        source = package["source"]
+        assert source in ({"registry": "https://pypi.org/simple"}, {"virtual": "."}), source
+        files = [*package.get("wheels", []), *filter(None, [package.get("sdist")])]
+        addresses |= {"/".join(file["url"].split("/")[:3]) for file in files}
+    assert addresses == {"https://files.pythonhosted.org"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "sources" not in project.get("tool", {}).get("uv", {})
+    assert "index" not in project.get("tool", {}).get("uv", {})
+    assert not re.search(r"https?://", (ROOT / "pyproject.toml").read_text())
+
+
+# --- The real thing, once ---
+
+REAL_UV = """#!/bin/sh
+[ "$2" = train.py ] && exec "$PYTHON" "$WRAPPER"
+"""
+WRAPPER = """
+import os, sys
+sys.path.insert(0, {root!r})
+import prepare, train
+prepare.DATASET, prepare.VOCAB_SIZE, prepare.EVAL_TOKENS = {text!r}, 400, 64 * 32
+prepare.MAX_SEQ_LEN = train.MAX_SEQ_LEN = 32
+prepare.TIME_BUDGET = train.TIME_BUDGET = 2
+small = dict(DEPTH=2, ASPECT_RATIO=16, HEAD_DIM=16, TOTAL_BATCH_SIZE=512, DEVICE_BATCH_SIZE=8)
+small |= dict(WARMUP_STEPS=1, HUNG_AFTER_S=120, LOSS_SLICE=256)
+for name, value in small.items():
+    setattr(train, name, value)
+train.GPT.compile = lambda self: None  # takes a minute here
+if os.environ["PLAY"] == "nan":
+    train.EMBEDDING_STD = float("nan")
+train.main()
+"""
+
+
+def test_a_real_run_from_an_empty_cache_is_read_and_recorded(tmp_path, own_text):
+    night = Night(tmp_path, *SHELLS[0]).set_up()
+    (tmp_path / "tools" / "uv").write_text(REAL_UV)
+    # Not a thousandth of the time that the run may take, but a tenth.
+    (tmp_path / "tools" / "sleep").write_text(FAKE_SLEEP.replace("1000", "10"))
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(WRAPPER.format(root=str(ROOT), text=str(own_text)))
+    night.environment |= conftest.run_environment(tmp_path)
+    night.environment |= {
+        "PATH": f"{tmp_path / 'tools'}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "WRAPPER": str(wrapper),
+    }
+    baseline = night.git("rev-parse", "--short", "HEAD").strip()
+    lines = night.run("score", seed=43)
+    log = (night.folder / "run.log").read_bytes()
+    assert lines[-1] == "exit status: 0", log.decode()
+    assert len(log) < 8192 and b"\r" not in log
+    assert any("is not prepared yet; doing it now" in line for line in lines)
+    read = dict(line.split(":") for line in night.say(READ).splitlines())
+    assert read["commit"].strip() == baseline and int(read["num_steps"]) > 1
+    night.record()
+    row = night.table()[-1]
+    assert row[0] == baseline and row[1] == read["val_bpb"].strip() and 0 < float(row[1]) < 8
+    assert row[2:] == [f"{float(read['peak_vram_mb']) / 1024:.1f}", "keep", "Lay out the lab, seed 43"]
+
+    lines = night.run("nan")  # from what is prepared now
+    assert lines[-2:] == ["error: loss nan at step 0", "exit status: 1"]
+    assert not any("prepared" in line or line == "---" for line in lines)
+    night.record()
+    assert night.table()[-1] == [baseline, "0.000000", "0.0", "crash", "Lay out the lab, seed 42"]
