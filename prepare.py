@@ -795,18 +795,16 @@ def pack_rows(
                 insort(waiting, (length, document))
             if not waiting:
                 return
-            length, place = longest_that_fits(waiting, room)
-            _, document = waiting.pop(place)
+            length, document = waiting.pop(place_of_best(waiting, room))
             row.append((document, 0, min(length, room)))
-            room -= min(length, room)
+            room -= row[-1][2]
         yield row
 
 
-def longest_that_fits(waiting: list[tuple[int, int]], room: int) -> tuple[int, int]:
-    """Length and place of the first to arrive of the longest that fit, or of the shortest."""
-    place = bisect_right(waiting, (room, math.inf))
-    length = waiting[max(place - 1, 0)][0]
-    return length, bisect_left(waiting, (length, -1))
+def place_of_best(waiting: list[tuple[int, int]], room: int) -> int:
+    """Of the longest that fit, or else of the shortest, the first to arrive."""
+    fitting = bisect_right(waiting, (room, math.inf))
+    return bisect_left(waiting, (waiting[max(fitting - 1, 0)][0], -1))
 
 
 def pack_training_rows(
@@ -829,23 +827,17 @@ def pack_training_rows(
                 queue[piece] = (length, 0)
             if not waiting:
                 return
-            if not row:
-                piece = next(iter(queue))
-                length = queue[piece][0]
-                place = bisect_left(waiting, (length, piece))
-            else:
-                length, place = longest_that_fits(waiting, room)
-                piece = waiting[place][1]
-            del waiting[place]
-            _, used = queue[piece]
-            row.append((piece, used, min(length, room)))
-            if length > room:
-                used += room - 1  # one token of the room goes to BOS
-                queue[piece] = (length - room + 1, used)
-                insort(waiting, (length - room + 1, piece))
+            piece = waiting[place_of_best(waiting, room)][1] if row else next(iter(queue))
+            length, used = queue[piece]
+            del waiting[bisect_left(waiting, (length, piece))]
+            taken = min(length, room)
+            row.append((piece, used, taken))
+            room -= taken
+            if taken < length:
+                queue[piece] = (length - taken + 1, used + taken - 1)  # each with a BOS
+                insort(waiting, (length - taken + 1, piece))
             else:
                 del queue[piece]
-            room -= min(length, room)
         yield row
 
 
@@ -879,6 +871,7 @@ def training_rows(files: list[Path], row_tokens: int, bos: int) -> Iterator[tupl
             for parts in pack_training_rows(lengths[order].tolist(), row_tokens):
                 yield write_row(parts, tokens, starts, row_tokens, bos), epoch
                 served += 1
+            del tokens  # before the next shard is read
         if not served:
             raise ValueError(f"the training text does not fill one row of {row_tokens} tokens")
 

@@ -48,7 +48,7 @@ def scale(gpu, small):
 
 
 DEPTH = scale(8, 4)  # layers
-ASPECT_RATIO = 64  # width = DEPTH x ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
+ASPECT_RATIO = scale(64, 48)  # width = DEPTH x ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = scale(128, 64)
 WINDOW_PATTERN = "SSSL"  # tiled over the layers: S short, L the whole row; the last is always L
 SHORT_WINDOW = 1 / 2  # of a row
@@ -67,9 +67,9 @@ SKIP_START = 0.1  # s: how much of the normalised embedding it adds
 TOTAL_BATCH_SIZE = scale(2**19, 2**13)  # tokens a step
 DEVICE_BATCH_SIZE = scale(128, 32)  # rows at a time; halved by itself where memory is short
 
-EMBEDDING_LR = 0.6  # this and the next x (width / 768)^-1/2
+EMBEDDING_LR = scale(0.6, 0.3)  # this and the next x (width / 768)^-1/2
 UNEMBEDDING_LR = 0.004
-MATRIX_LR = 0.04
+MATRIX_LR = scale(0.04, 0.02)
 SCALAR_LR = 0.5
 RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR, for r
 ADAM_BETAS = (0.8, 0.95)

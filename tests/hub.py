@@ -208,6 +208,16 @@ def paced(bytes_per_s: float, piece: int = 1 << 13) -> Fault:
     return partial(send_file, write=write)
 
 
+def sent_after(event: threading.Event) -> Fault:
+    """All is well, once that has happened."""
+
+    def fault(request: Handler, name: str) -> None:
+        event.wait()
+        send_file(request, name)
+
+    return fault
+
+
 def wrong_bytes(request: Handler, name: str) -> None:
     """As many bytes as promised, one of them wrong, in the last quarter."""
 
@@ -224,6 +234,7 @@ def ignores_ranges(request: Handler, name: str) -> None:
 
 
 def ignores_ranges_and_cut_after(num_bytes: int) -> Fault:
+    """Both: the whole file anew, and never to its end."""
     return partial(cut_after(num_bytes), ranges=False)
 
 

@@ -1,4 +1,4 @@
-"""The platform: attention backends against a loop, each way in which one can fail, and the device."""
+"""The platform: attention against a loop, each way in which it can fail, and the device."""
 
 import ast
 import inspect
@@ -12,7 +12,14 @@ import pytest
 import torch
 
 import train
-from train import Platform, choose_attention, flash_attention_3, torch_sdpa, torch_varlen, written_out
+from train import (
+    Platform,
+    choose_attention,
+    flash_attention_3,
+    torch_sdpa,
+    torch_varlen,
+    written_out,
+)
 
 T = 9
 WINDOWS = [0, 1, 5, T - 1, T]
@@ -143,7 +150,8 @@ def test_each_backend_takes_rows_shorter_than_the_longest(make, varlen):
 
 
 def test_flash_attention_3_is_asked_for_as_the_hub_now_wants_it(monkeypatch):
-    calls = install_kernels(monkeypatch, lambda *a, **k: SimpleNamespace(flash_attn_func=fake_flash))
+    kernel = SimpleNamespace(flash_attn_func=fake_flash)
+    calls = install_kernels(monkeypatch, lambda *a, **k: kernel)
     attend = flash_attention_3(config_for(5), CPU)
     agree_with_loop(attend, some_heads(4, 2), 5)
     # FACTS.md: since kernels 0.15 a version is required, and other publishers need to be trusted.
@@ -355,7 +363,7 @@ def test_peak_rate_is_the_datasheets(name, tflops, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    ["NVIDIA T4", "NVIDIA L40", "NVIDIA RTX A1000 Laptop GPU", "NVIDIA A10G", "Tesla V100-SXM2-16GB"],
+    ["NVIDIA T4", "NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA A10G", "Tesla V100-SXM2-16GB"],
 )
 def test_an_unknown_chip_has_no_rate_and_a_line(name, monkeypatch, capsys):
     pretend(monkeypatch, name)

@@ -172,6 +172,14 @@ class RowAbove(Uniform):
         return counted(seen_BTV.sum(1, keepdim=True)).roll(1, 0)
 
 
+class OtherRowsAtTheLastPosition(OtherRowsSoFar):
+    """Where no later token could show a look ahead."""
+
+    def known(self, seen_BTV, idx):
+        last_T1 = (torch.arange(T) == T - 1)[:, None]
+        return torch.where(last_T1, super().known(seen_BTV, idx), 1 / V)
+
+
 @pytest.mark.parametrize("batch_size", [2, 8, 100])
 @pytest.mark.parametrize(
     "cheat",
@@ -185,6 +193,7 @@ class RowAbove(Uniform):
         BatchStatistics,
         OtherRowsSoFar,
         RowAbove,
+        OtherRowsAtTheLastPosition,
     ],
 )
 def test_model_that_sees_the_future_or_other_rows_is_refused(cheat, batch_size, small):
@@ -237,6 +246,12 @@ class Cache(Uniform):
         known_V = counted(self.counts_V)
         self.counts_V = self.counts_V + seen_BTV.sum((0, 1))
         return known_V
+
+
+class CacheAtTheLastPosition(Cache):
+    def known(self, seen_BTV, idx):
+        last_T1 = (torch.arange(T) == T - 1)[:, None]
+        return torch.where(last_T1, super().known(seen_BTV, idx), 1 / V)
 
 
 class NGramTable(Uniform):
@@ -307,6 +322,7 @@ class PreviousBatch(Uniform):
     "cheat",
     [
         Cache,
+        CacheAtTheLastPosition,
         NGramTable,
         WeightsChangedByHook,
         HidesItsWeights,

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from itertools import chain, count, islice, repeat
 from pathlib import Path
 
@@ -386,11 +387,18 @@ def start_prepare(cache: Path) -> subprocess.Popen:
 
 def test_command_started_twice_at_once_downloads_once_and_ends_well_twice(hub, tmp_path):
     hub.repository = "karpathy/climbmix-400b-shuffle"
-    for process in [start_prepare(tmp_path), start_prepare(tmp_path)]:
+    both_began = threading.Event()
+    hub.content.faults[VALIDATION] = iter([hubs.sent_after(both_began)])
+    processes = [start_prepare(tmp_path), start_prepare(tmp_path)]
+    try:
+        first_lines = sorted(process.stdout.readline() for process in processes)
+    finally:
+        both_began.set()
+    for process in processes:
         output, errors = process.communicate()
-        assert process.returncode == 0, errors
+        assert (process.returncode, errors) == (0, "")
         assert output.splitlines()[-1] == "next:            uv run train.py"
-        assert errors == ""
+    assert "waiting for it" in first_lines[0] and "downloading 3 files" in first_lines[1]
     assert contents(tmp_path / "climbmix" / "raw") == FILES
     assert sorted(request.name for request in hub.endpoint.asked) == sorted(NAMES)
 

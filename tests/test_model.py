@@ -95,13 +95,26 @@ def turned(x: torch.Tensor, position: int) -> torch.Tensor:
     return torch.cat((pairs.real, pairs.imag))
 
 
+def bigram_rows(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
+    """The rows (T,) of the table for pairs that the model looks up."""
+    rows = []
+    handle = model.bigrams.register_forward_hook(lambda module, args, out: rows.append(args[0]))
+    with torch.no_grad():
+        model(tokens[None])
+    handle.remove()
+    return rows[0][0]
+
+
 def slow_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
     """Logits (T, V) in float64 of one row of tokens (T,)."""
     w = {name: weight.detach().double() for name, weight in model.named_parameters()}
     config = model.config
     T, heads, D = len(tokens), config.n_head, config.n_embd // config.n_head
     per_key = heads // config.n_kv_head
-    x = x0 = unit(w["wte.weight"][tokens])
+    x = w["wte.weight"][tokens]
+    if config.bigram_rows:
+        x = x + w["bigrams.weight"][bigram_rows(model, tokens)]
+    x = x0 = unit(x)
     for layer in range(config.n_layer):
         own = {n.removeprefix(f"blocks.{layer}."): p for n, p in w.items()}
         x = w["residual_scales"][layer] * x + w["skip_scales"][layer] * x0
@@ -129,7 +142,14 @@ def slow_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"n_kv_head": 2}, {"n_kv_head": 1, "n_layer": 3}, {"n_layer": 1}, {"n_embd": 64}],
+    [
+        {},
+        {"n_kv_head": 2},
+        {"n_kv_head": 1, "n_layer": 3},
+        {"n_layer": 1},
+        {"n_embd": 64},
+        {"bigram_rows": 97},
+    ],
     ids=str,
 )
 def test_logits_are_those_of_the_model_written_out(changes):
@@ -137,6 +157,24 @@ def test_logits_are_those_of_the_model_written_out(changes):
     wanted = slow_logits(model, tokens[0])
     with torch.no_grad():
         torch.testing.assert_close(model(tokens)[0].double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bigrams_row_depends_on_the_pair_alone():
+    model = make_model(bigram_rows=2**14, sequence_len=200)
+    tokens = some_tokens(rows=1, T=200)[0] % 9
+    rows = bigram_rows(model, tokens).tolist()
+    pairs = list(zip([0, *tokens[:-1].tolist()], tokens.tolist(), strict=True))
+    row_of = dict(zip(pairs, rows, strict=True))
+    assert [row_of[pair] for pair in pairs] == rows
+    assert len(set(rows)) > 0.9 * len(row_of) > 50  # few share one
+
+
+def test_bigrams_start_as_if_they_were_not_there():
+    plain, paired = (GPT(GPTConfig(**TINY, bigram_rows=rows)) for rows in (0, 97))
+    for model in (plain, paired):
+        model.init_weights(seed=1)
+    with torch.no_grad():
+        assert torch.equal(plain(some_tokens()), paired(some_tokens()))
 
 
 def test_logits_are_float32_and_capped():
@@ -147,8 +185,9 @@ def test_logits_are_float32_and_capped():
     assert logits.isfinite().all() and 14.9 < logits.abs().max() <= 15
 
 
-def test_later_tokens_and_other_rows_change_nothing():
-    model, tokens = make_model(), some_tokens()
+@pytest.mark.parametrize("bigram_rows", [0, 97])
+def test_later_tokens_and_other_rows_change_nothing(bigram_rows):
+    model, tokens = make_model(bigram_rows=bigram_rows), some_tokens()
     changed = tokens.clone()
     changed[0, 7:] = (changed[0, 7:] + 1) % 50
     with torch.no_grad():
@@ -181,7 +220,7 @@ def test_rotary_embedding_keeps_norms_and_relative_positions():
 def losses_and_gradients(model: GPT, loss: torch.Tensor) -> tuple:
     model.zero_grad()
     loss.backward()
-    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters()}
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.numel()}
 
 
 @pytest.mark.parametrize("tokens_at_once", [1, 7, 24, 100])  # of 24
@@ -231,6 +270,26 @@ def test_trunk_and_loss_are_one_graph_each():
     torch.testing.assert_close(loss, train.loss_of_slice(*rows)[0])
 
 
+def test_a_compiled_model_gives_the_same_and_can_be_made_eager_again(monkeypatch):
+    compiled = []
+
+    def recorded(function, **options):
+        assert options == {"dynamic": False}
+        compiled.append(function)
+        return lambda *args: function(*args)
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    model, idx = make_model(), some_tokens()
+    wanted = model(idx), model(idx, idx)
+    eager = model.trunk, model.capped_logits, model.loss_of_slice
+    model.compile()
+    assert compiled == list(eager)
+    assert (model.trunk, model.capped_logits, model.loss_of_slice) != eager
+    assert torch.equal(model(idx), wanted[0]) and torch.equal(model(idx, idx), wanted[1])
+    model.run_eagerly()
+    assert (model.trunk, model.capped_logits, model.loss_of_slice) == eager
+
+
 # --- First weights ---
 
 
@@ -245,6 +304,8 @@ def test_first_weights_have_the_reference_spread(fresh):
     uniform_bound = math.sqrt(3 / 128)
     for name, weight in fresh.named_parameters():
         n = weight.numel()
+        if n == 0:
+            continue
         if weight.ndim == 1:
             wanted = 1.0 if name == "residual_scales" else 0.1
             assert torch.equal(weight, torch.full_like(weight, wanted)), name

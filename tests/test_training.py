@@ -198,7 +198,8 @@ def test_another_seed_gives_another_run(make_run):
 
 
 @pytest.mark.parametrize(
-    "total, rows, wanted", [(8 * 32, 4, 4), (8 * 32, 100, 8), (32, 4, 1), (96, 2, None), (100, 4, None)]
+    "total, rows, wanted",
+    [(8 * 32, 4, 4), (8 * 32, 100, 8), (32, 4, 1), (96, 2, None), (100, 4, None)],
 )
 def test_micro_batches_make_up_the_total_batch_or_the_error_names_the_values(
     total, rows, wanted, small
@@ -298,7 +299,7 @@ def test_not_even_one_row_fits(make_run, monkeypatch):
 @pytest.mark.parametrize(
     "failure, said",
     [
-        (RuntimeError("\nInvalidCxxCompiler: no g++\nlong text"), "RuntimeError: InvalidCxxCompiler: no g++)"),
+        (RuntimeError("\nno g++\nlong text"), "RuntimeError: no g++)"),
         (AssertionError(), "AssertionError"),
         (ImportError("x" * 1000), "ImportError: xxx"),
     ],
@@ -548,7 +549,7 @@ train.main()
 
 
 def test_importing_train_does_nothing(tmp_path):
-    """No network, no file written, no clock read, no process started, nothing put on a GPU."""
+    """No network, no clock, no file written, no process started, nothing put on a GPU."""
     done = run_python(
         """
 import sys, time
