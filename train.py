@@ -829,19 +829,18 @@ def try_step(run: Run, step: int) -> bool:
     try:
         loss, _ = run.take_step(1.0, step)
         check_finite(loss.item(), step)
+        run.model.eval()
         with torch.no_grad():
             run.model(next(run.batches)[0])
+        run.model.train()
         return True
-    except torch.OutOfMemoryError:
-        if run.rows == 1:
-            raise
-        problem = None
     except Diverged:
         raise
-    except Exception as failure:  # whatever a compiler or its absence can raise
-        if run.model.trunk == run.model.hidden:
+    except Exception as failure:  # whatever a compiler, its absence or a full device can raise
+        is_full = isinstance(failure, torch.OutOfMemoryError) or "out of memory" in str(failure)
+        if run.rows == 1 if is_full else run.model.trunk == run.model.hidden:
             raise
-        problem = first_line(failure)
+        problem = None if is_full else first_line(failure)
     # Outside the handlers: a traceback would keep the failed step's memory alive.
     if problem:
         print(f"not compiled, so slower ({problem}); on a CPU install g++ or clang")
@@ -876,7 +875,7 @@ class Log:
             f"lr x{lr_scale(progress):.2f} · {rate:,.0f} tokens/s · epoch {epoch}"
         )
         start, end = ("\r", "\n" if due else "") if sys.stdout.isatty() else ("", "\n")
-        print(start + text, end=end, flush=True)
+        print(start + text, end=end)
         self.lines += due
 
 
@@ -973,6 +972,7 @@ def run_experiment() -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # whoever reads the log sees all, errors last
     try:
         run_experiment()
     except (OSError, ValueError, RuntimeError) as failure:

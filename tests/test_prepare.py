@@ -379,6 +379,15 @@ def test_parquet_without_a_text_column_names_its_columns(tmp_path, monkeypatch):
     assert re.search(r"table.parquet has no column `text`.*words", error_of_command(monkeypatch))
 
 
+def test_parquet_may_hold_any_kind_of_string_and_odd_bytes(tmp_path):
+    odd = pyarrow.array([b"caf\xe9", b"fine"], pyarrow.binary()).view(pyarrow.string())
+    repeated = pyarrow.array(["fine", "fine"]).dictionary_encode()
+    for column in (odd, repeated, pyarrow.array(["fine"], pyarrow.large_string())):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "table.parquet")
+        texts = list(prepare.parquet_texts(tmp_path / "table.parquet"))
+        assert len(texts) == len(column) and set(texts) <= {"caf\ufffd", "fine"}
+
+
 def test_rows_of_a_parquet_file_can_be_chosen(tmp_path):
     path, texts = tmp_path / "table.parquet", [f"text {n}" for n in range(5000)]
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=700)

@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import conftest
 import pytest
 
 import prepare
@@ -114,7 +113,7 @@ class Night:
         (tools / "sh").symlink_to(shutil.which(sh))
         self.calls_file = folder / "calls"
         self.environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("GIT_") and k != "SEED"},
+            **{k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "PYTHON", "SEED"))},
             "PATH": f"{tools}:{os.environ['PATH']}",
             "HOME": str(folder),
             "REAL_SLEEP": shutil.which("sleep"),
@@ -230,6 +229,13 @@ def test_a_run_outlives_the_shell_and_says_what_ran_and_how_it_ended(night):
     assert night.calls_file.read_text().splitlines()[-1] == "run train.py"
 
 
+def test_waiting_right_after_the_start_does_not_see_the_last_runs_end(night):
+    night.run()
+    shown = night.say(RUN + WAIT.replace("$n -lt 10", "$n -lt 1"), PLAY="slow")
+    assert not shown.startswith("exit status")
+    assert night.run("slow")[-1] == "exit status: 0"
+
+
 def test_waiting_ends_before_an_agents_shell_is_killed_and_floods_nothing(night):
     # Ten times ten seconds; the shells of coding agents end commands after 120 s.
     turns, seconds = re.search(r"\[ \$n -lt (\d+) \].*sleep (\d+)", WAIT).groups()
@@ -246,6 +252,14 @@ def test_only_what_is_committed_runs(night, name):
     assert not (night.folder / "run.log").exists()
     night.git("add", name)
     assert night.say(RUN) == "commit first\n"
+
+
+def test_a_benchmark_that_the_person_chose_is_committed_once_and_runs(one_night):
+    with open(one_night.folder / "prepare.py", "a") as file:
+        file.write('DATASET = "pysource"\n')
+    (commit,) = (span for span in inline(PROGRAM) if span.endswith(" prepare.py"))
+    one_night.say(commit)
+    assert one_night.run()[-1] == "exit status: 0"
 
 
 def test_a_run_that_hangs_is_ended(night):
@@ -565,9 +579,9 @@ def test_a_real_run_from_an_empty_cache_is_read_and_recorded(tmp_path, own_text)
     (tmp_path / "tools" / "sleep").write_text(FAKE_SLEEP.replace("1000", "10"))
     wrapper = tmp_path / "wrapper.py"
     wrapper.write_text(WRAPPER.format(root=str(ROOT), text=str(own_text)))
-    night.environment |= conftest.run_environment(tmp_path)
     night.environment |= {
-        "PATH": f"{tmp_path / 'tools'}:{os.environ['PATH']}",
+        "AUTORESEARCH_CACHE": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
         "PYTHON": sys.executable,
         "WRAPPER": str(wrapper),
     }
