@@ -216,6 +216,26 @@ def test_look_at_other_rows_at_the_last_position_alone_is_refused(batch_size, sm
         score(ChecksumOfRowAbove(), batch_size)
 
 
+def test_the_row_that_looks_ahead_is_named(small, monkeypatch):
+    rows = small.rows().astype(np.int64)
+    marked = torch.from_numpy(rows[20, :3])
+    assert (rows[:, :3] == rows[20, :3]).all(1).sum() == 1
+
+    class InOneRow(WindowOffByOne):
+        def known(self, seen_BTV, idx):
+            here_B11 = (idx[:, :3] == marked).all(1)[:, None, None]
+            return torch.where(here_B11, super().known(seen_BTV, idx), 1 / V)
+
+    refusals, fresh = [], np.random.Generator
+    for seed in range(12):
+        monkeypatch.setattr(np.random, "default_rng", lambda n=seed: fresh(np.random.PCG64(n)))
+        try:
+            score(InOneRow())
+        except prepare.Refused as refusal:
+            refusals.append(str(refusal))
+    assert refusals and all("row 20, position" in refusal for refusal in refusals)
+
+
 def test_batch_norm_that_stays_in_training_mode_is_refused(small):
     class Normalised(Uniform):
         def __init__(self):

@@ -11,7 +11,26 @@ import train
 from train import GPT, GPTConfig
 
 FULL = GPTConfig(2048, 8192, n_layer=8, n_head=4, n_kv_head=4, n_embd=512)
+REFERENCE = dict(
+    SHORT_WINDOW=1 / 2,
+    ROTARY_BASE=10_000,
+    LOGIT_SOFT_CAP=15.0,
+    VALUE_EMBEDDING_EVERY=2,
+    GATE_CHANNELS=32,
+    EMBEDDING_STD=1.0,
+    HEAD_STD=0.001,
+    MATRIX_STD=1.0,
+    RESIDUAL_START=1.0,
+    SKIP_START=0.1,
+)
 TINY = dict(sequence_len=12, vocab_size=50, n_layer=4, n_head=4, n_kv_head=4, n_embd=32)
+
+
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch):
+    """The reference's constants, whatever train.py has come to."""
+    for name, value in REFERENCE.items():
+        monkeypatch.setattr(train, name, value)
 
 
 def make_model(**changes) -> GPT:
@@ -293,7 +312,7 @@ def test_a_compiled_model_gives_the_same_and_can_be_made_eager_again(monkeypatch
 # --- First weights ---
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def fresh():
     model = GPT(GPTConfig(32, 1000, n_layer=2, n_head=2, n_kv_head=2, n_embd=128))
     model.init_weights(seed=7)

@@ -7,7 +7,31 @@ from torch import nn
 import train
 from train import GPT, GPTConfig, MuonAdamW, make_optimizer, orthogonalize
 
+REFERENCE = dict(
+    EMBEDDING_LR=0.6,
+    UNEMBEDDING_LR=0.004,
+    MATRIX_LR=0.04,
+    SCALAR_LR=0.5,
+    RESIDUAL_LR_SCALE=0.01,
+    ADAM_BETAS=(0.8, 0.95),
+    SKIP_BETAS=(0.96, 0.95),
+    ADAM_EPS=1e-10,
+    WEIGHT_DECAY=0.2,
+    MUON_MOMENTUM=(0.85, 0.95),
+    MUON_MOMENTUM_STEPS=300,
+    MUON_BETA2=0.95,
+    WARMUP_RATIO=0.0,
+    WARMDOWN_RATIO=0.5,
+    FINAL_LR_FRAC=0.0,
+)
 SHAPES = [(24, 24), (16, 64), (64, 16), (4, 32)]
+
+
+@pytest.fixture(autouse=True)
+def _reference(monkeypatch):
+    """The reference's constants, whatever train.py has come to."""
+    for name, value in REFERENCE.items():
+        monkeypatch.setattr(train, name, value)
 
 
 def parameters(shapes, seed: int = 0, dtype=torch.float32) -> list[nn.Parameter]:
@@ -208,33 +232,32 @@ def test_normuon_keeps_the_norm_and_evens_out_the_neurons(shape):
 # --- Groups ---
 
 
-@pytest.fixture(scope="module")
-def full_size_groups():
-    with torch.device("meta"):
-        model = GPT(GPTConfig(2048, 8192, n_layer=8, n_head=4, n_kv_head=4, n_embd=512))
-        return model, make_optimizer(model).param_groups
+def model_and_groups(**changes) -> tuple:
+    sizes = dict(sequence_len=8, vocab_size=50, n_layer=4, n_head=2, n_kv_head=2, n_embd=512)
+    model = GPT(GPTConfig(**{**sizes, **changes}))
+    return model, make_optimizer(model).param_groups
 
 
-def test_every_parameter_is_in_exactly_one_group(full_size_groups):
-    model, groups = full_size_groups
+@pytest.mark.parametrize("bigram_rows", [0, 97])
+def test_every_parameter_is_in_exactly_one_group(bigram_rows):
+    model, groups = model_and_groups(n_embd=32, bigram_rows=bigram_rows)
     grouped = [id(p) for group in groups for p in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(p) for p in model.parameters() if p.numel()}
 
 
-def test_rates_and_betas_are_the_reference_figures(full_size_groups, monkeypatch):
-    model, groups = full_size_groups
+def test_rates_and_betas_are_the_reference_figures():
+    model, groups = model_and_groups(bigram_rows=97)
     of = {id(p): group for group in groups for p in group["params"]}
     width_scale = (512 / 768) ** -0.5
     wanted = {
         "lm_head.weight": (0.004 * width_scale, (0.8, 0.95)),
         "wte.weight": (0.6 * width_scale, (0.8, 0.95)),
-        "value_embeds.7.weight": (0.6 * width_scale, (0.8, 0.95)),
+        "value_embeds.3.weight": (0.6 * width_scale, (0.8, 0.95)),
+        "bigrams.weight": (0.6 * width_scale, (0.8, 0.95)),
         "residual_scales": (0.005, (0.8, 0.95)),
         "skip_scales": (0.5, (0.96, 0.95)),
     }
-    if (train.EMBEDDING_LR, train.UNEMBEDDING_LR) != (0.6, 0.004):
-        pytest.skip("train.py has other rates now")
     for name, (lr, betas) in wanted.items():
         group = of[id(model.get_parameter(name))]
         assert group["kind"] == "adamw" and group["weight_decay"] == 0, name
@@ -242,16 +265,14 @@ def test_rates_and_betas_are_the_reference_figures(full_size_groups, monkeypatch
         assert group["betas"] == betas, name
     for name, weight in model.blocks.named_parameters():
         assert of[id(weight)]["kind"] == "muon", name
-        assert of[id(weight)]["lr"] == train.MATRIX_LR, name
+        assert of[id(weight)]["lr"] == 0.04, name
+        assert of[id(weight)]["weight_decay"] == 0.2, name
         assert {p.shape for p in of[id(weight)]["params"]} == {weight.shape}, name
 
 
 def test_wider_models_learn_slower_outside_the_layers():
-    def rate(width):
-        model = GPT(GPTConfig(8, 50, n_layer=1, n_head=1, n_kv_head=1, n_embd=width))
-        return make_optimizer(model).param_groups[0]["lr"]
-
-    assert rate(32) == pytest.approx(2 * rate(128))
+    rates = [model_and_groups(n_embd=width)[1][0]["lr"] for width in (32, 128)]
+    assert rates[0] == pytest.approx(2 * rates[1])
 
 
 # --- Schedules ---
@@ -262,43 +283,32 @@ def test_wider_models_learn_slower_outside_the_layers():
     [(0, 1), (0.2, 1), (0.5, 1), (0.75, 0.55), (1, 0.1)],
 )
 def test_rates_are_constant_and_then_fall_linearly(progress, wanted, monkeypatch):
-    for name, value in dict(WARMUP_RATIO=0.0, WARMDOWN_RATIO=0.5, FINAL_LR_FRAC=0.1).items():
-        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(train, "FINAL_LR_FRAC", 0.1)
     assert train.lr_scale(progress) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("progress, wanted", [(0, 0), (0.1, 0.5), (0.2, 1), (0.5, 1), (1, 0)])
 def test_rates_rise_linearly_in_the_warm_up(progress, wanted, monkeypatch):
-    for name, value in dict(WARMUP_RATIO=0.2, WARMDOWN_RATIO=0.5, FINAL_LR_FRAC=0.0).items():
-        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(train, "WARMUP_RATIO", 0.2)
     assert train.lr_scale(progress) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("warmdown, wanted", [(0.0, [1, 1, 1]), (1.0, [1, 0.5, 0])])
 def test_a_warm_down_of_nothing_or_everything(warmdown, wanted, monkeypatch):
-    for name, value in dict(WARMUP_RATIO=0.0, WARMDOWN_RATIO=warmdown, FINAL_LR_FRAC=0.0).items():
-        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(train, "WARMDOWN_RATIO", warmdown)
     assert [train.lr_scale(progress) for progress in (0, 0.5, 1)] == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("step, wanted", [(0, 0.85), (150, 0.9), (300, 0.95), (1000, 0.95)])
-def test_momentum_rises_over_300_steps(step, wanted, monkeypatch):
-    monkeypatch.setattr(train, "MUON_MOMENTUM", (0.85, 0.95))
-    monkeypatch.setattr(train, "MUON_MOMENTUM_STEPS", 300)
+def test_momentum_rises_over_300_steps(step, wanted):
     assert train.muon_momentum(step) == pytest.approx(wanted)
 
 
-def test_decay_falls_linearly_to_nothing(monkeypatch):
-    monkeypatch.setattr(train, "WEIGHT_DECAY", 0.2)
+def test_decay_falls_linearly_to_nothing():
     assert [train.weight_decay(p) for p in (0, 0.5, 1)] == pytest.approx([0.2, 0.1, 0])
 
 
-def test_schedules_reach_every_group(monkeypatch):
-    for name, value in dict(WARMUP_RATIO=0.0, WARMDOWN_RATIO=0.5, FINAL_LR_FRAC=0.0).items():
-        monkeypatch.setattr(train, name, value)
-    monkeypatch.setattr(train, "WEIGHT_DECAY", 0.2)
-    monkeypatch.setattr(train, "MUON_MOMENTUM", (0.85, 0.95))
-    monkeypatch.setattr(train, "MUON_MOMENTUM_STEPS", 300)
+def test_schedules_reach_every_group():
     optimizer = make_optimizer(GPT(GPTConfig(8, 50, 2, n_head=2, n_kv_head=2, n_embd=32)))
     for progress, step in ((0.75, 150), (0.9, 1000), (0.75, 150)):  # scales never multiply up
         train.apply_schedules(optimizer, progress, step)
@@ -313,8 +323,6 @@ def test_schedules_reach_every_group(monkeypatch):
 
 def test_the_last_step_of_all_moves_nothing():
     """At progress 1 with a floor of 0, rates are 0: warm-up steps use it too."""
-    if train.FINAL_LR_FRAC:
-        pytest.skip("train.py ends at a rate above 0 now")
     model = GPT(GPTConfig(8, 50, 2, n_head=2, n_kv_head=2, n_embd=32))
     model.init_weights(seed=1)
     before = [p.detach().clone() for p in model.parameters()]
