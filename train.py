@@ -307,20 +307,25 @@ def try_attention(attend: Attend, config: "GPTConfig", platform: Platform) -> fl
     """Seconds of a forward and backward pass; ArithmeticError if it is not what it should be."""
     D, T, window = config.n_embd // config.n_head, config.sequence_len, config.windows()[0]
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(3, 2, T, config.n_head, D, generator=generator)
-    q, k, v = rows.to(platform.device, platform.dtype).requires_grad_().unbind()
-    wanted = written_out(config, platform.device)(q.float(), k.float(), v.float(), window)
-    best_s = math.inf
-    for _ in range(4):
+    rows = torch.randn(4, 2, T, config.n_head, D, generator=generator).to(platform.device)
+
+    def results(attend: Attend, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in rows[:3]]
+        y = attend(*leaves, window)
+        return [y, *torch.autograd.grad(y, leaves, rows[3].to(dtype))]
+
+    wanted, times_s = results(written_out(config, platform.device), torch.float32), []
+    while len(times_s) < 3 or sum(times_s) < 0.2:  # the fastest of many: other processes disturb
         started_s = time.perf_counter()
-        y = attend(q, k, v, window)
-        y.sum().backward(retain_graph=True)
-        error = ((y.float() - wanted).norm() / wanted.norm()).item()  # waits for the device
-        best_s = min(best_s, time.perf_counter() - started_s)
+        found = results(attend, platform.dtype)
+        pairs = zip(found, wanted, strict=True)
+        errors = [((a.float() - b).norm() / b.norm()).item() for a, b in pairs]  # waits
+        times_s.append(time.perf_counter() - started_s)
     limit = 1e-2 if platform.dtype == torch.bfloat16 else 1e-4
-    if not error < limit:
-        raise ArithmeticError(f"its results are off by {error:.1e}")
-    return best_s
+    worst = torch.tensor(errors).max().item()  # of results and gradients; NaN if one is
+    if not worst < limit:
+        raise ArithmeticError(f"its results are off by {worst:.1e}")
+    return min(times_s)
 
 
 # --- Model -----------------------------------------------------------------------
@@ -606,7 +611,8 @@ class MuonAdamW(torch.optim.Optimizer):
             if group["kind"] == "muon":
                 weights = [torch.stack(weights)]
                 rows, columns = weights[0].shape[1:]
-                shape = (len(group["params"]), *((1, columns) if rows > columns else (rows, 1)))
+                # The longer side: the vectors along the shorter one come out of norm 1 anyway.
+                shape = (len(group["params"]), *((rows, 1) if rows >= columns else (1, columns)))
                 group["second"] = [weights[0].new_zeros(shape)]
             else:
                 group["second"] = [torch.zeros_like(w) for w in weights]

@@ -217,7 +217,9 @@ FAILURES = {
         "ArithmeticError: its results are off by",
     ),
     "not a number": (
-        lambda *a, **k: SimpleNamespace(flash_attn_func=lambda q, *a, **k: q * math.nan),
+        lambda *a, **k: SimpleNamespace(
+            flash_attn_func=lambda q, k, v, **o: (q + k + v) * math.nan
+        ),
         "ArithmeticError: its results are off by nan",
     ),
 }

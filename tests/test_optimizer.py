@@ -155,7 +155,7 @@ class SlowMuon:
         self.weight = weight.detach().double().clone()
         self.buffer = torch.zeros_like(self.weight)
         rows, columns = weight.shape
-        self.by_row = rows <= columns
+        self.by_row = rows >= columns
         self.squares = torch.zeros(rows if self.by_row else columns).double()
 
     def step(self, gradient, lr, momentum, decay, beta2=0.95):
@@ -219,7 +219,7 @@ def test_normuon_keeps_the_norm_and_evens_out_the_neurons(shape):
     _, rows, columns = shape
     generator = torch.Generator().manual_seed(0)
     update = torch.randn(shape, generator=generator)
-    by_row = rows <= columns
+    by_row = rows >= columns
     sizes = torch.linspace(0.1, 3, rows if by_row else columns)
     update = update * (sizes[:, None] if by_row else sizes)
     second = torch.zeros((shape[0], rows, 1) if by_row else (shape[0], 1, columns))

@@ -597,11 +597,10 @@ class Bigram(torch.nn.Module):
         logits = self.table(idx)
         if targets is None:
             return logits
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
-        return losses
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
 
 tokenizer = Tokenizer.from_directory()
-model = Bigram(tokenizer.get_vocab_size())
+model = Bigram(tokenizer.get_vocab_size()).to("cuda" if torch.cuda.is_available() else "cpu")
 untrained_bpb = evaluate_bpb(model, tokenizer, 16)
 loader = make_dataloader(tokenizer, 16, MAX_SEQ_LEN, "train")
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.3)
