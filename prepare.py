@@ -46,7 +46,7 @@ _CUDA = torch.cuda.is_available()
 # climbmix, tinystories, pysource, or the path of a folder or file of your own.
 DATASET = "climbmix" if _CUDA else "pysource"
 VOCAB_SIZE = 8192 if _CUDA else 2048  # tokens, 4 of them special
-MAX_SEQ_LEN = 2048 if _CUDA else 256  # T, in tokens
+MAX_SEQ_LEN = 2048 if _CUDA else 512  # T, in tokens
 EVAL_TOKENS = 40 * 524288 if _CUDA else 524288  # scored, where the validation text has as many
 TIME_BUDGET = 300  # seconds of training; start-up, compilation and evaluation not counted
 

@@ -65,7 +65,7 @@ RESIDUAL_START = 1.0  # r: how much of x a layer keeps
 SKIP_START = 0.1  # s: how much of the normalised embedding it adds
 
 TOTAL_BATCH_SIZE = scale(2**19, 2**13)  # tokens a step
-DEVICE_BATCH_SIZE = scale(128, 32)  # rows at a time; halved by itself where memory is short
+DEVICE_BATCH_SIZE = scale(128, 16)  # rows at a time; halved by itself where memory is short
 
 EMBEDDING_LR = scale(0.6, 0.3)  # this and the next x (width / 768)^-1/2
 UNEMBEDDING_LR = 0.004
