@@ -54,7 +54,7 @@ WINDOW_PATTERN = "SSSL"  # tiled over the layers: S short, L the whole row; the 
 SHORT_WINDOW = 1 / 2  # of a row
 ROTARY_BASE = 10_000
 LOGIT_SOFT_CAP = 15.0
-VALUE_EMBEDDING_EVERY = 2  # layers, counted back from the last one
+VALUE_EMBEDDING_EVERY = scale(2, 1)  # layers, counted back from the last one
 BIGRAM_ROWS = scale(0, 2**14)  # table of embeddings for hashed pairs of tokens; 0 for none
 GATE_CHANNELS = 32  # of a layer's input; they steer its value embedding
 
@@ -68,7 +68,7 @@ TOTAL_BATCH_SIZE = scale(2**19, 2**13)  # tokens a step
 DEVICE_BATCH_SIZE = scale(128, 16)  # rows at a time; halved by itself where memory is short
 
 EMBEDDING_LR = scale(0.6, 0.3)  # this and the next x (width / 768)^-1/2
-UNEMBEDDING_LR = 0.004
+UNEMBEDDING_LR = scale(0.004, 0.008)
 MATRIX_LR = scale(0.04, 0.02)
 SCALAR_LR = 0.5
 RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR, for r
@@ -81,7 +81,7 @@ MUON_MOMENTUM_STEPS = 300
 MUON_BETA2 = 0.95
 
 WARMUP_RATIO = 0.0  # of the time budget
-WARMDOWN_RATIO = 0.5
+WARMDOWN_RATIO = scale(0.5, 0.7)
 FINAL_LR_FRAC = 0.0
 
 SEED = int(os.environ.get("SEED", "42"))  # a second one tells a gain from luck
