@@ -192,6 +192,10 @@ def first_launch_fails(*args, **kwargs):
     raise RuntimeError("CUDA error: no kernel image is available\nfor execution on the device")
 
 
+def a_wrong_gradient(q, k, v, *, causal, window_size):
+    return loop(q, k, v, window_size[0]).to(q.dtype) + (v - v.detach())
+
+
 def a_window_off_by_one(q, k, v, *, causal, window_size):
     return loop(q, k, v, max(0, window_size[0] - 1)).to(q.dtype)
 
@@ -214,6 +218,10 @@ FAILURES = {
     ),
     "window off by one": (
         lambda *a, **k: SimpleNamespace(flash_attn_func=a_window_off_by_one),
+        "ArithmeticError: its results are off by",
+    ),
+    "right results, wrong gradients": (
+        lambda *a, **k: SimpleNamespace(flash_attn_func=a_wrong_gradient),
         "ArithmeticError: its results are off by",
     ),
     "not a number": (
