@@ -119,6 +119,9 @@ def alone_in(directory: Path) -> Iterator[None]:
 
 DEFAULT_SHARDS = 10  # training files, of a data set of many
 VALIDATION_SHARE = 0.1  # of local documents, chosen by the hash of their text
+# Files of text are cut after a blank line, before an unindented line or a definition: documents
+# have to be short next to a row, since rows of validation text hold only what fits of each.
+DOCUMENT_END = r"\n\n(?=\S| *(?:def|class|async|@)\b)"
 SHARD_BYTES = 256 << 20  # local files are gathered into shards of about this size
 PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
 # These differ between platforms.
@@ -221,7 +224,7 @@ def local_dataset(files: list[Path], signature: list, least_chars: int) -> DataS
         groups[-1].append(path)
         room -= path.stat().st_size
     train = [Shard(f"train_{n}", partial(documents, g, False)) for n, g in enumerate(groups)]
-    signature = [least_chars, SHARD_BYTES, VALIDATION_SHARE, *signature]
+    signature = [least_chars, DOCUMENT_END, SHARD_BYTES, VALIDATION_SHARE, *signature]
     return DataSet(train, Shard("val", partial(documents, files, True)), signature, notes)
 
 
@@ -293,15 +296,15 @@ def json_text(line: bytes, notes: Counter) -> list[str]:
 
 
 def split_text(text: str, least_chars: int) -> list[str]:
-    r"""Cut at blank lines before an unindented line, into pieces of at least `least_chars`.
+    r"""Cut at DOCUMENT_END, into pieces of at least `least_chars`.
 
-    In source code these are the top-level definitions, in prose the paragraphs.
+    In source code these are the definitions, in prose the paragraphs.
 
-        >>> split_text("a = 1\n\nb = 2\n\n    c\n\nd", 1)
-        ['a = 1\n\n', 'b = 2\n\n    c\n\n', 'd']
+        >>> split_text("a = 1\n\nb = 2\n\n    c\n\n    def d(): pass\n", 1)
+        ['a = 1\n\n', 'b = 2\n\n    c\n\n', '    def d(): pass\n']
     """
     pieces, start = [], 0
-    for match in re.finditer(r"\n\n(?=\S)", text):
+    for match in re.finditer(DOCUMENT_END, text):
         if match.end() - start >= least_chars:
             pieces.append(text[start : match.end()])
             start = match.end()
