@@ -985,8 +985,9 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
         while losses is None:
             try:
                 losses = checked_losses(model, rows, batch_size, len(lengths_V))
-            except torch.OutOfMemoryError:
-                if batch_size == 1:
+            except RuntimeError as failure:  # a compiler wraps it in an error of its own
+                full = isinstance(failure, torch.OutOfMemoryError)
+                if batch_size == 1 or not (full or "out of memory" in str(failure)):
                     raise
                 batch_size //= 2
                 say(f"evaluation: out of memory; starting again, {batch_size} rows at a time")

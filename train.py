@@ -16,7 +16,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 # The allocator reads this when torch is loaded; torch 2.9 knows the older name alone.
 _OLD_TORCH = importlib.metadata.version("torch").startswith("2.9.")
@@ -90,7 +92,7 @@ LOSS_SLICE = scale(2**15, 2**10)  # tokens whose logits exist at one time
 ACTIVATION_MEMORY = scale(0.95, 1.0)  # below 1 cheap activations are computed again, not kept
 MAX_LOSS = 100.0  # a run beyond it is ended
 LOG_LINES = 25
-HUNG_AFTER_S = TIME_BUDGET + 300  # from the moment that the data is ready
+HUNG_AFTER_S = TIME_BUDGET + 300  # from when the data is ready, and again for the evaluation
 
 # --- Platform --------------------------------------------------------------------
 
@@ -135,6 +137,8 @@ def find_platform() -> Platform:
         name = torch.cuda.get_device_name()
         words = f"{name} ".replace("-", " ")  # L4 is not L40, nor A100 A1000
         peak = next((flops for part, flops in PEAK_FLOPS.items() if f" {part} " in words), 0.0)
+        if " Laptop " in words or " MIG " in words:  # less than the whole chip
+            peak = 0.0
         if not peak:
             print(f"peak rate of {name} unknown: mfu_percent will be 0.00")
         fast = torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
@@ -212,12 +216,10 @@ def torch_sdpa(config: "GPTConfig", device: torch.device) -> Attend:
 
     def attend(q, k, v, window):
         T = q.size(1)
+        k, v = repeat_heads(k, q.size(2)), repeat_heads(v, q.size(2))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         mask = masks[window][:T, :T] if window < T - 1 else None
-        grouped = q.size(1) != k.size(1)
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, enable_gqa=grouped
-        )
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         return y.transpose(1, 2)
 
     return attend
@@ -232,20 +234,29 @@ def torch_varlen(config: "GPTConfig", device: torch.device) -> Attend:
         k, v = repeat_heads(k, H), repeat_heads(v, H)
         starts = torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32)
         flat = [t.flatten(0, 1) for t in (q, k, v)]
-        window = (min(window, T - 1), 0)
-        return varlen_attn(*flat, starts, starts, T, T, window_size=window).view(B, T, H, D)
+        sizes = (window if window < T - 1 else -1, 0)  # -1: the whole row, by a faster kernel
+        return varlen_attn(*flat, starts, starts, T, T, window_size=sizes).view(B, T, H, D)
 
     return attend
 
 
 def flash_attention_3(config: "GPTConfig", device: torch.device) -> Attend:
-    """Flash Attention 3 from the kernels hub, which may hang where there is no network."""
+    """Flash Attention 3 from the kernels hub, which may hang where there is no network.
+
+    Once fetched, the disk has it: the same kernel all night, whatever becomes of the network.
+    """
     got = []
 
     def load():
         try:
-            from kernels import get_kernel
+            from huggingface_hub.constants import HF_HUB_CACHE
+            from kernels import get_kernel, get_local_kernel
 
+            fetched = Path(os.environ.get("KERNELS_CACHE") or HF_HUB_CACHE)
+            for snapshot in fetched.glob("kernels--kernels-community--flash-attn3/snapshots/*"):
+                with suppress(Exception):  # cut off, or for another torch
+                    got.append(get_local_kernel(snapshot))
+                    return
             got.append(get_kernel("kernels-community/flash-attn3", version=1))
         except Exception as failure:
             got.append(failure)
@@ -305,14 +316,17 @@ def first_line(failure: Exception) -> str:
 
 def try_attention(attend: Attend, config: "GPTConfig", platform: Platform) -> float:
     """Seconds of a forward and backward pass; ArithmeticError if it is not what it should be."""
-    D, T, window = config.n_embd // config.n_head, config.sequence_len, config.windows()[0]
+    D, T = config.n_embd // config.n_head, config.sequence_len
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4, 2, T, config.n_head, D, generator=generator).to(platform.device)
 
     def results(attend: Attend, dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [t.to(dtype).requires_grad_() for t in rows[:3]]
-        y = attend(*leaves, window)
-        return [y, *torch.autograd.grad(y, leaves, rows[3].to(dtype))]
+        found = []
+        for window in sorted(set(config.windows())):
+            leaves = [t.to(dtype).requires_grad_() for t in rows[:3]]
+            y = attend(*leaves, window)
+            found += [y, *torch.autograd.grad(y, leaves, rows[3].to(dtype))]
+        return found
 
     wanted, times_s = results(written_out(config, platform.device), torch.float32), []
     while len(times_s) < 3 or sum(times_s) < 0.2:  # the fastest of many: other processes disturb
@@ -828,6 +842,8 @@ def warm_up(run: Run) -> None:
     run.start_afresh()
     if run.platform.is_cuda:
         torch.cuda.synchronize()
+        if not any(segment.get("is_expandable") for segment in torch.cuda.memory_snapshot()):
+            print(f"{_ALLOCATOR_SETTING} has no effect here: memory may run short earlier")
 
 
 def try_step(run: Run, step: int) -> bool:
@@ -849,15 +865,17 @@ def try_step(run: Run, step: int) -> bool:
         problem = None if is_full else first_line(failure)
     # Outside the handlers: a traceback would keep the failed step's memory alive.
     if problem:
-        print(f"not compiled, so slower ({problem}); on a CPU install g++ or clang")
+        print(f"not compiled, so slower ({problem}); install g++ or clang")
         run.model.run_eagerly()
     else:
         run.rows = math.gcd(run.rows, run.rows // 2)  # 1 after an odd number: the total stays
         print(f"out of memory: DEVICE_BATCH_SIZE {run.rows}, {run.micro_batches} micro-batches")
-    run.start_afresh()
     gc.collect()
+    torch.compiler.reset()  # after some recompilations it would leave the model uncompiled
     if run.platform.is_cuda:
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    run.start_afresh()
     return False
 
 
@@ -969,6 +987,7 @@ def run_experiment() -> None:
     log = train(run, clock)
     training_s = clock.used_s
     gc.enable()
+    faulthandler.dump_traceback_later(HUNG_AFTER_S, exit=True)  # anew: slow cards take minutes
     val_bpb = evaluate_bpb(run.model, run.tokenizer, run.rows)
     total_s = time.perf_counter() - started_s
     print("---")

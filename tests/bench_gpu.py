@@ -1,23 +1,29 @@
 """The checks for a machine with a GPU, by hand: uv run tests/bench_gpu.py [part ...]
 
-Parts: rate, suite, attention, loader, speed, memory, candidates. Without any, all but the last, in
-about eight minutes. Each prints a short table; a run's whole log goes to
-$OUT or ./bench_gpu_logs. Text is `pysource`, so that no network is needed: its scores compare only
-with one another.
+Parts: rate, suite, attention, loader, speed, evaluation, memory, micro_batches, candidates. Without
+any, all but the last two, in about nine minutes. Each prints a short table; a run's whole log goes
+to $OUT or ./bench_gpu_logs. Text is `pysource`, so that no network is needed: its scores compare
+only with one another. Set HF_HUB_OFFLINE=1 where the hub cannot be reached, else the search for
+Flash Attention 3 counts as start-up.
 """
 
+import functools
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 import prepare  # noqa: E402
 import train  # noqa: E402
@@ -37,7 +43,58 @@ CANDIDATES = {
     "warm-down 0.75, floor 0.05": {"WARMDOWN_RATIO": 0.75, "FINAL_LR_FRAC": 0.05},
     "starts": {"SKIP_START": 0.05, "MATRIX_STD": 0.68},
     "momentum ramp 200": {"MUON_MOMENTUM_STEPS": 200},
+    "documents masked": {"documents": 64},
 }
+
+# With and without computing cheap activations again, by rows of a micro-batch.
+MICRO_BATCHES = {
+    "128 rows, 0.95": {"DEVICE_BATCH_SIZE": 128, "ACTIVATION_MEMORY": 0.95},
+    "128 rows, 1.0": {"DEVICE_BATCH_SIZE": 128, "ACTIVATION_MEMORY": 1.0},
+    "64 rows, 0.95": {"DEVICE_BATCH_SIZE": 64, "ACTIVATION_MEMORY": 0.95},
+    "64 rows, 1.0": {"DEVICE_BATCH_SIZE": 64, "ACTIVATION_MEMORY": 1.0},
+}
+
+
+def document_starts(idx: torch.Tensor, bos: int, most: int) -> torch.Tensor:
+    """Where documents begin in rows (B, T) laid end to end, as (B x most + 1) int32.
+
+    A row's list always has `most` places, so that nothing recompiles; those left over hold the
+    row's end: documents of no length. Documents beyond the last place count as one.
+    """
+    B, T = idx.shape
+    number_BT = (idx == bos).cumsum(1) - 1
+    place_BT = torch.where((idx == bos) & (number_BT < most), number_BT, most)
+    at = torch.arange(T, device=idx.device).expand(B, T)
+    starts = torch.full((B, most + 1), T, device=idx.device).scatter(1, place_BT, at)[:, :most]
+    starts = (starts + T * torch.arange(B, device=idx.device)[:, None]).flatten()
+    return F.pad(starts, (0, 1), value=B * T).int()
+
+
+def mask_documents(most: int) -> None:
+    """Patch train.py so that no token sees another document, by torch's varlen_attn."""
+    hidden, now = train.GPT.hidden, []
+
+    def hidden_with_starts(self, idx):
+        now[:] = [document_starts(idx, self.config.vocab_size - 4, most)]
+        return hidden(self, idx)
+
+    def masked_varlen(config, device):
+        from torch.nn.attention.varlen import varlen_attn
+
+        def attend(q, k, v, window):
+            B, T, H, D = q.shape
+            if now:
+                starts = now[0]
+            else:  # tried out before there is a model
+                starts = torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32)
+            flat = [train.repeat_heads(t, H).flatten(0, 1) for t in (q, k, v)]
+            sizes = (window if window < T - 1 else -1, 0)
+            return varlen_attn(*flat, starts, starts, T, T, window_size=sizes).view(B, T, H, D)
+
+        return attend
+
+    train.GPT.hidden = hidden_with_starts
+    train.attention_candidates = lambda platform: [masked_varlen]
 
 
 def run_train(
@@ -45,11 +102,14 @@ def run_train(
 ) -> dict:
     """One run of train.py in a process of its own; its summary, and seconds to the first step."""
     code = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
+import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import prepare
 prepare.DATASET, prepare.TIME_BUDGET = "pysource", {budget_s}
-import train, torch
+import train, torch, bench_gpu
 for name, value in {overrides!r}.items():
+    if name == "documents":
+        bench_gpu.mask_documents(value)
+        continue
     assert hasattr(train, name), name
     setattr(train, name, value)
 if {gpu_gb}:
@@ -124,6 +184,21 @@ def attention() -> None:
     )
 
 
+@functools.cache
+def flash_kernel():
+    """The same for every shape; or why there is none, so that the hub is asked once."""
+    try:
+        return train.flash_attention_3(None, None)
+    except Exception as failure:
+        return failure
+
+
+def flash_attention_3(config, device):
+    if isinstance(flash_kernel(), Exception):
+        raise flash_kernel()
+    return flash_kernel()
+
+
 def attention_errors(T: int, B: int, window: int) -> dict:
     config = train.GPTConfig(T, 8192, 1, 4, 4, 512, "L")
     config.windows = lambda: [window]
@@ -138,11 +213,11 @@ def attention_errors(T: int, B: int, window: int) -> dict:
         return [t.float() for t in (y.detach(), *(leaf.grad for leaf in leaves))]
 
     wanted, found = results(train.written_out, torch.float32), {}
-    for make in (train.flash_attention_3, train.torch_varlen, train.torch_sdpa):
+    for make in (flash_attention_3, train.torch_varlen, train.torch_sdpa):
         try:
             got = results(make, torch.bfloat16)
             errors = [
-                ((g - w).norm() / w.norm().clamp_min(1e-9)).item()
+                ((g - w).norm() / w.norm().clamp_min(1.0)).item()  # window 0: dq and dk are 0
                 for g, w in zip(got, wanted, strict=True)
             ]
             found[make.__name__] = f"{errors[0]:.1e} {max(errors[1:]):.1e}"
@@ -173,13 +248,14 @@ def loader() -> None:
 
 def speed() -> None:
     """The constants as they are for 60 s, with a cold and then a warm compile cache."""
-    cache = str(LOGS.resolve() / "inductor")
+    cache = tempfile.mkdtemp()
     rows = [
         {"run": name, **run_train(f"speed {name}", 60, {}, cache=cache)}
         for name in ("cold", "warm")
     ]
     for row in rows:
-        row["outside_s"] = round(float(row["total_seconds"]) - float(row["training_seconds"]), 1)
+        outside_s = float(row.get("total_seconds", "nan")) - float(row.get("training_seconds", 0))
+        row["outside_s"] = round(outside_s, 1)
     columns = ["run", "tokens_per_second", "mfu_percent", "peak_vram_mb", "start_s", "outside_s"]
     show("train.py, 60 s", rows, [*columns, "attention", "num_steps", "val_bpb"])
     step_parts()
@@ -207,8 +283,36 @@ def step_parts() -> None:
             timed("backward", loss.backward)
         timed("optimizer", run.optimizer.step)
         run.model.zero_grad(set_to_none=True)
+
+    def whole_step():
+        run.take_step(1.0, 0)
+
+    whole = times["whole step"] = []
+    for _ in range(10):
+        timed("whole step", whole_step)
     row = {part: f"{statistics.median(ms):.2f}" for part, ms in times.items()}
-    show("a micro-batch in ms, and the optimizer", [row], list(row))
+    parts = [statistics.median(times[part]) for part in ("data", "forward", "backward")]
+    row["rest of the step"] = f"{statistics.median(whole) - run.micro_batches * sum(parts):.2f}"
+    show("a micro-batch's parts, the optimizer and a step, in ms", [row], list(row))
+    torch.cuda.empty_cache()
+
+
+def evaluation() -> None:
+    """Seconds for 40 x 524288 tokens, the GPU scale's: pysource's rows over and over."""
+    prepare.DATASET = "pysource"
+    run = train.Run(train.find_platform())
+    train.warm_up(run)
+    rows = np.resize(prepare.open_prepared().rows(), (40 * 524288 // prepare.MAX_SEQ_LEN, 2049))
+    run.model.eval()
+    times_s = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        started_s = time.perf_counter()
+        prepare.checked_losses(run.model, rows, run.rows, run.config.vocab_size)
+        times_s.append(time.perf_counter() - started_s)
+    row = {"rows": len(rows), "seconds": f"{statistics.median(times_s):.1f}"}
+    show("evaluation", [row], list(row))
+    torch.cuda.empty_cache()
 
 
 def memory() -> None:
@@ -221,6 +325,17 @@ def memory() -> None:
         rows,
         ["GB", "tokens_per_second", "peak_vram_mb", "num_steps", "val_bpb"],
     )
+
+
+def micro_batches() -> None:
+    """Which micro-batch is fastest, in turn, 30 s each, and what it takes."""
+    rows = [
+        {"change": name, **run_train(f"{name} {n}", 30, changes)}
+        for n in range(2)
+        for name, changes in MICRO_BATCHES.items()
+    ]
+    columns = ["change", "tokens_per_second", "mfu_percent", "peak_vram_mb", "val_bpb"]
+    show("micro-batches", rows, columns)
 
 
 def candidates() -> None:
@@ -249,14 +364,16 @@ def candidates() -> None:
 
 
 def main() -> None:
-    parts = {
-        part.__name__: part for part in (rate, suite, attention, loader, speed, memory, candidates)
-    }
-    chosen = sys.argv[1:] or [name for name in parts if name != "candidates"]
+    checks = (rate, suite, attention, loader, speed, evaluation, memory, micro_batches, candidates)
+    parts = {part.__name__: part for part in checks}
+    chosen = sys.argv[1:] or list(parts)[:-2]
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device here; this is for a machine with one")
     for name in chosen:
-        parts[name]()
+        try:
+            parts[name]()
+        except Exception:  # one check that fails keeps the others from nothing
+            traceback.print_exc()
 
 
 if __name__ == "__main__":

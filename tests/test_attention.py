@@ -8,6 +8,7 @@ import sys
 import time
 from types import ModuleType, SimpleNamespace
 
+import bench_gpu
 import pytest
 import torch
 
@@ -85,7 +86,7 @@ def slow_varlen_attn(
     assert query.shape == key.shape == value.shape, "grouped heads are not everywhere understood"
     ends = cu_seq_q.tolist()
     assert ends[0] == 0 and ends[-1] == len(query) and max_q == max_k
-    assert max_q == max(b - a for a, b in zip(ends, ends[1:], strict=False))
+    assert max_q >= max(b - a for a, b in zip(ends, ends[1:], strict=False))
     window = window_size[0] if window_size[0] >= 0 else len(query)
     rows = [
         loop(*(t[None, a:b] for t in (query, key, value)), window)[0]
@@ -119,16 +120,27 @@ def fake_flash(q, k, v, *, causal, window_size):
     return loop(q, k, v, window_size[0]).to(q.dtype)
 
 
-def install_kernels(monkeypatch, get_kernel) -> list:
-    """A `kernels` package whose get_kernel is this one; the calls that it gets."""
+@pytest.fixture(autouse=True)
+def snapshots(tmp_path, monkeypatch):
+    """Where kernels lays what it fetched, empty."""
+    monkeypatch.setenv("KERNELS_CACHE", str(tmp_path))
+    return tmp_path / "kernels--kernels-community--flash-attn3" / "snapshots"
+
+
+def install_kernels(monkeypatch, get_kernel, get_local_kernel=None) -> list:
+    """A `kernels` package with these functions; the calls that they get."""
     calls = []
 
-    def recorded(*args, **kwargs):
-        calls.append((args, kwargs))
-        return get_kernel(*args, **kwargs)
+    def recorded(function):
+        def call(*args, **kwargs):
+            calls.append((args, kwargs))
+            return function(*args, **kwargs)
+
+        return call
 
     module = ModuleType("kernels")
-    module.get_kernel = recorded
+    module.get_kernel = recorded(get_kernel)
+    module.get_local_kernel = recorded(get_local_kernel)
     monkeypatch.setitem(sys.modules, "kernels", module)
     return calls
 
@@ -158,12 +170,67 @@ def test_flash_attention_3_is_asked_for_as_the_hub_now_wants_it(monkeypatch):
     assert calls == [(("kernels-community/flash-attn3",), {"version": 1})]
 
 
+def test_flash_attention_3_once_fetched_is_taken_from_the_disk(snapshots, monkeypatch):
+    (snapshots / "0123abc").mkdir(parents=True)
+    kernel = SimpleNamespace(flash_attn_func=fake_flash)
+    calls = install_kernels(monkeypatch, raising(ValueError("no network")), lambda path: kernel)
+    agree_with_loop(flash_attention_3(config_for(5), CPU), some_heads(2, 2), 5)
+    assert calls == [((snapshots / "0123abc",), {})]
+
+
+def test_flash_attention_3_half_fetched_is_asked_for_again(snapshots, monkeypatch):
+    (snapshots / "0123abc").mkdir(parents=True)
+    kernel = SimpleNamespace(flash_attn_func=fake_flash)
+    cut_off = raising(FileNotFoundError("no metadata.json"))
+    calls = install_kernels(monkeypatch, lambda *a, **k: kernel, cut_off)
+    agree_with_loop(flash_attention_3(config_for(5), CPU), some_heads(2, 2), 5)
+    assert len(calls) == 2 and calls[1][1] == {"version": 1}
+
+
+def test_the_kernels_package_lays_what_it_fetches_where_it_is_looked_for():
+    """By the name that the packages themselves give the folder."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    repository = "kernels-community/flash-attn3"
+    name = repo_folder_name(repo_id=repository, repo_type="kernel")
+    assert f'"{name}/snapshots/*"' in inspect.getsource(flash_attention_3)
+
+
 def test_flash_attention_3_may_give_a_pair(monkeypatch):
     def pair(*args, **kwargs):
         return fake_flash(*args, **kwargs), "log-sum-exp"
 
     install_kernels(monkeypatch, lambda *a, **k: SimpleNamespace(flash_attn_func=pair))
     agree_with_loop(flash_attention_3(config_for(5), CPU), some_heads(2, 2), 5)
+
+
+# --- Documents masked: bench_gpu.py's candidate ---
+
+
+def test_document_starts_are_where_bos_stands_and_a_row_ends():
+    idx = torch.tensor([[9, 1, 9, 2, 3], [9, 1, 2, 3, 4], [9, 9, 9, 9, 1]])
+    # Rows begin at 0, 5 and 10; the third has more documents than places, 3.
+    wanted = [0, 2, 5] + [5, 10, 10] + [10, 11, 12] + [15]
+    starts = bench_gpu.document_starts(idx, bos=9, most=3)
+    assert starts.tolist() == wanted and starts.dtype == torch.int32
+
+
+def test_with_documents_masked_none_sees_another(varlen, monkeypatch):
+    monkeypatch.setattr(train.GPT, "hidden", train.GPT.hidden)  # put back afterwards
+    monkeypatch.setattr(train, "attention_candidates", None)
+    bench_gpu.mask_documents(most=4)
+    (make,) = train.attention_candidates(None)
+    config = train.GPTConfig(12, 20, 2, 2, 2, 16)
+    model = train.GPT(config, make(config, CPU))
+    model.init_weights(0)
+    for weight in model.parameters():
+        weight.data += 0.1
+    idx = torch.tensor([[16, 1, 2, 3, 16, 4, 5, 6, 7, 16, 8, 9]])
+    other = idx.clone()
+    other[0, 1:4] = torch.tensor([10, 11, 12])  # of the first document
+    before, after = model(idx)[0], model(other)[0]
+    assert not before[1:4].allclose(after[1:4])
+    torch.testing.assert_close(before[4:], after[4:])
 
 
 # --- The choice ---
@@ -373,7 +440,15 @@ def test_peak_rate_is_the_datasheets(name, tflops, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    ["NVIDIA T4", "NVIDIA L40", "NVIDIA RTX A1000", "NVIDIA A10G", "Tesla V100-SXM2-16GB"],
+    [
+        "NVIDIA T4",
+        "NVIDIA L40",
+        "NVIDIA RTX A1000",
+        "NVIDIA A10G",
+        "Tesla V100-SXM2-16GB",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+    ],
 )
 def test_an_unknown_chip_has_no_rate_and_a_line(name, monkeypatch, capsys):
     pretend(monkeypatch, name)

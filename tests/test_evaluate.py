@@ -129,7 +129,7 @@ def random_model(seed: int = 1, scale: float = 0.2, layers: int = 2) -> train.GP
 
 def trained_model(tokenizer, steps=20, dtype=torch.float32, layers=2) -> train.GPT:
     model = random_model(1, 0.0, layers).place(train.Platform(HERE, dtype, "", 0.0))
-    batches = prepare.make_dataloader(tokenizer, 8, prepare.MAX_SEQ_LEN, "train")
+    batches = prepare.make_dataloader(tokenizer, 8, prepare.MAX_SEQ_LEN, "train", HERE)
     optimizer = train.make_optimizer(model)
     for step in range(steps):
         train.accumulate_gradients(model, batches, 1)
@@ -301,18 +301,22 @@ class Limited(Table):
     """Runs out of memory above some number of rows."""
 
     most_rows = 5
+    failure = torch.OutOfMemoryError("CUDA out of memory")
 
     def forward(self, idx):
         if len(idx) > self.most_rows:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.failure
         return super().forward(idx)
 
 
-def test_out_of_memory_halves_the_batch_and_says_so(small, capsys):
+@pytest.mark.parametrize("failure", [Limited.failure, RuntimeError("inductor: out of memory")])
+def test_out_of_memory_halves_the_batch_and_says_so(failure, small, capsys):
     logits_VV = torch.randn(400, 400, generator=torch.Generator().manual_seed(0))
     expected = score(Table(logits_VV))
     capsys.readouterr()
-    assert score(Limited(logits_VV), 30) == pytest.approx(expected, rel=1e-9)
+    model = Limited(logits_VV)
+    model.failure = failure
+    assert score(model, 30) == pytest.approx(expected, rel=1e-9)
     said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
     assert len(said) == 3  # 30, 15, 7: too many; 3 fits
     assert "3 rows at a time" in said[-1]
@@ -323,6 +327,14 @@ def test_out_of_memory_with_one_row_is_raised(small):
     model.most_rows = 0
     with pytest.raises(torch.OutOfMemoryError):
         score(model, 4)
+
+
+def test_another_failure_of_the_model_is_raised_at_once(small, capsys):
+    model = Limited(torch.zeros(400, 400))
+    model.failure = RuntimeError("a slip in the model")
+    with pytest.raises(RuntimeError, match="a slip"):
+        score(model, 30)
+    assert "starting again" not in capsys.readouterr().out
 
 
 def test_the_model_sees_nothing_but_tokens_in_memory_of_their_own(small):
@@ -397,6 +409,9 @@ def test_honest_model_with_a_nan_in_a_buffer_is_not_refused(small):
 def test_gpu_gives_the_number_of_the_cpu_and_refuses_no_honest_model(small):
     model = trained_model(prepare.Tokenizer.from_directory())
     expected = score(model)
+    attend = train.written_out(model.config, torch.device("cuda"))
+    for block in model.blocks:
+        block.attn.attend = attend
     assert score(model.to("cuda")) == pytest.approx(expected, rel=1e-4)
     model.place(train.Platform(torch.device("cuda"), torch.bfloat16, "", 0.0)).compile()
     assert len({score(model, 16) for _ in range(50)}) == 1
