@@ -119,9 +119,11 @@ def alone_in(directory: Path) -> Iterator[None]:
 
 DEFAULT_SHARDS = 10  # training files, of a data set of many
 VALIDATION_SHARE = 0.1  # of local documents, chosen by the hash of their text
-# Files of text are cut after a blank line, before an unindented line or a definition: documents
-# have to be short next to a row, since rows of validation text hold only what fits of each.
+# Files of text are cut after a blank line before an unindented line or a definition, and what is
+# still longer than a row after any. Validation rows hold what fits of each document, training rows
+# all of it: only where documents are short are both of one kind.
 DOCUMENT_END = r"\n\n(?=\S| *(?:def|class|async|@)\b)"
+ROW_CHARS = 2 * MAX_SEQ_LEN  # a token is longer in any language
 SHARD_BYTES = 256 << 20  # local files are gathered into shards of about this size
 PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
 # These differ between platforms.
@@ -224,7 +226,7 @@ def local_dataset(files: list[Path], signature: list, least_chars: int) -> DataS
         groups[-1].append(path)
         room -= path.stat().st_size
     train = [Shard(f"train_{n}", partial(documents, g, False)) for n, g in enumerate(groups)]
-    signature = [least_chars, DOCUMENT_END, SHARD_BYTES, VALIDATION_SHARE, *signature]
+    signature = [least_chars, DOCUMENT_END, ROW_CHARS, SHARD_BYTES, VALIDATION_SHARE, *signature]
     return DataSet(train, Shard("val", partial(documents, files, True)), signature, notes)
 
 
@@ -296,15 +298,19 @@ def json_text(line: bytes, notes: Counter) -> list[str]:
 
 
 def split_text(text: str, least_chars: int) -> list[str]:
-    r"""Cut at DOCUMENT_END, into pieces of at least `least_chars`.
+    r"""The documents of a text: definitions of source code, paragraphs of prose.
 
-    In source code these are the definitions, in prose the paragraphs.
-
-        >>> split_text("a = 1\n\nb = 2\n\n    c\n\n    def d(): pass\n", 1)
-        ['a = 1\n\n', 'b = 2\n\n    c\n\n', '    def d(): pass\n']
+    >>> split_text("a = 1\n\nb = 2\n\n    c\n\n    def d(): pass\n", 1)
+    ['a = 1\n\n', 'b = 2\n\n    c\n\n', '    def d(): pass\n']
     """
+    documents = cut_at(DOCUMENT_END, text, least_chars)
+    return list(chain.from_iterable(cut_at(r"\n\n", text, ROW_CHARS) for text in documents))
+
+
+def cut_at(pattern: str, text: str, least_chars: int) -> list[str]:
+    """Cut behind matches of a regular expression, into pieces of at least `least_chars`."""
     pieces, start = [], 0
-    for match in re.finditer(DOCUMENT_END, text):
+    for match in re.finditer(pattern, text):
         if match.end() - start >= least_chars:
             pieces.append(text[start : match.end()])
             start = match.end()

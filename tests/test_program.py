@@ -208,6 +208,14 @@ def test_set_up_makes_the_branch_and_the_table(night):
     assert night.git("status", "--short") == ""  # git ignores the table
 
 
+def test_baseline_rows_are_called_so(one_night):
+    (baseline,) = (span for span in inline(PROGRAM) if "--allow-empty" in span)
+    one_night.say(baseline)
+    one_night.run()
+    one_night.record()
+    assert one_night.table()[-1][-1] == "baseline, seed 42"
+
+
 def test_set_up_again_loses_no_row(night):
     night.run()
     night.record()
@@ -268,6 +276,28 @@ def test_a_run_that_hangs_is_ended(night):
     assert re.fullmatch(r"exit status: 143", lines[-1])  # 128 + SIGTERM
     night.record()
     assert night.table()[-1][1:4] == ["0.000000", "0.0", "crash"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="asks Linux")
+def test_a_run_leaves_no_process_behind(night):
+    night.run()
+    mine = b"CALLS=" + os.fsencode(night.calls_file)
+
+    def left() -> list[bytes]:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if mine in (process / "environ").read_bytes().split(b"\0"):
+                    found.append((process / "cmdline").read_bytes())
+            except OSError:
+                continue
+        return found
+
+    for _ in range(50):  # of the 1.2 s that the guard sleeps here
+        if not left():
+            return
+        time.sleep(0.01)
+    raise AssertionError(left())
 
 
 def test_reading_shows_the_figures(night):
