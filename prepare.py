@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,11 +119,6 @@ def alone_in(directory: Path) -> Iterator[None]:
 
 DEFAULT_SHARDS = 10  # training files, of a data set of many
 VALIDATION_SHARE = 0.1  # of local documents, chosen by the hash of their text
-# Files of text are cut after a blank line before an unindented line or a definition, and what is
-# still longer than a row after any. Validation rows hold what fits of each document, training rows
-# all of it: only where documents are short are both of one kind.
-DOCUMENT_END = r"\n\n(?=\S| *(?:def|class|async|@)\b)"
-ROW_CHARS = 2 * MAX_SEQ_LEN  # a token is longer in any language
 SHARD_BYTES = 256 << 20  # local files are gathered into shards of about this size
 PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
 # These differ between platforms.
@@ -226,7 +221,7 @@ def local_dataset(files: list[Path], signature: list, least_chars: int) -> DataS
         groups[-1].append(path)
         room -= path.stat().st_size
     train = [Shard(f"train_{n}", partial(documents, g, False)) for n, g in enumerate(groups)]
-    signature = [least_chars, DOCUMENT_END, ROW_CHARS, SHARD_BYTES, VALIDATION_SHARE, *signature]
+    signature = [least_chars, SHARD_BYTES, VALIDATION_SHARE, *signature]
     return DataSet(train, Shard("val", partial(documents, files, True)), signature, notes)
 
 
@@ -298,19 +293,15 @@ def json_text(line: bytes, notes: Counter) -> list[str]:
 
 
 def split_text(text: str, least_chars: int) -> list[str]:
-    r"""The documents of a text: definitions of source code, paragraphs of prose.
+    r"""Cut at blank lines before an unindented line, into pieces of at least `least_chars`.
 
-    >>> split_text("a = 1\n\nb = 2\n\n    c\n\n    def d(): pass\n", 1)
-    ['a = 1\n\n', 'b = 2\n\n    c\n\n', '    def d(): pass\n']
+    In source code these are the top-level definitions, in prose the paragraphs.
+
+        >>> split_text("a = 1\n\nb = 2\n\n    c\n\nd", 1)
+        ['a = 1\n\n', 'b = 2\n\n    c\n\n', 'd']
     """
-    documents = cut_at(DOCUMENT_END, text, least_chars)
-    return list(chain.from_iterable(cut_at(r"\n\n", text, ROW_CHARS) for text in documents))
-
-
-def cut_at(pattern: str, text: str, least_chars: int) -> list[str]:
-    """Cut behind matches of a regular expression, into pieces of at least `least_chars`."""
     pieces, start = [], 0
-    for match in re.finditer(pattern, text):
+    for match in re.finditer(r"\n\n(?=\S)", text):
         if match.end() - start >= least_chars:
             pieces.append(text[start : match.end()])
             start = match.end()
@@ -876,14 +867,19 @@ def write_row(
 def training_rows(files: list[Path], row_tokens: int, bos: int) -> Iterator[tuple]:
     """Endless training rows, (T + 1) uint16 each, with their epoch, from 1 on.
 
-    Each epoch shuffles the pieces of each shard anew, the same way in every run.
+    Each epoch serves every piece of every document, in an order of its own, the same in every run.
+    Before that the first one serves the documents' first pieces, which are what validation rows
+    hold: a run that ends within an epoch has then seen text of the kind that it is scored on.
     """
-    for epoch in count(1):
+    for epoch, first_pieces in chain([(1, True)], zip(count(1), repeat(False))):
         served = 0
         for n, path in enumerate(files):
             tokens = np.fromfile(path, dtype=np.uint16)
-            starts, lengths = cut_long(*document_spans(tokens, bos), row_tokens)
-            order = np.random.default_rng((epoch, n)).permutation(len(starts))
+            starts, lengths = document_spans(tokens, bos)
+            if first_pieces:
+                lengths = np.minimum(lengths, row_tokens)
+            starts, lengths = cut_long(starts, lengths, row_tokens)
+            order = np.random.default_rng((epoch, n, first_pieces)).permutation(len(starts))
             starts = starts[order].tolist()
             for parts in pack_training_rows(lengths[order].tolist(), row_tokens):
                 yield write_row(parts, tokens, starts, row_tokens, bos), epoch

@@ -1,5 +1,7 @@
 """Packing: validation rows by the reference rule, training rows that lose and delay nothing."""
 
+from itertools import takewhile
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -123,6 +125,29 @@ def longest_wait(pieces: list[int], row_tokens: int, buffer_size: int) -> int:
         waits += [rows - arrived[piece] for piece, _, _ in row]
         rows += 1
     return max(waits)
+
+
+def test_the_first_epoch_serves_all_beginnings_and_then_everything(tmp_path):
+    rng, row_tokens = np.random.default_rng(0), 9
+    lengths = [1, *rng.integers(2, 40, 200).tolist()]  # the first has no text
+    tokens = flat_file(lengths)
+    tokens.tofile(tmp_path / "train.bin")
+    starts = np.cumsum([0, *lengths[:-1]])
+    beginnings = {
+        token
+        for start, length in zip(starts, lengths, strict=True)
+        for token in tokens[start + 1 : start + min(length, row_tokens)].tolist()
+    }
+    rows = prepare.training_rows([tmp_path / "train.bin"], row_tokens, BOS)
+    of_epoch_1 = [row[row != BOS].tolist() for row, _ in takewhile(lambda row: row[1] == 1, rows)]
+    served: set = set()
+    number = 0
+    while not served & set(of_epoch_1[number]) and set(of_epoch_1[number]) <= beginnings:
+        served |= set(of_epoch_1[number])
+        number += 1
+    assert len(beginnings) - len(served) < row_tokens
+    everything = [token for row in of_epoch_1[number:] for token in row]
+    assert len(set(everything)) == len(everything) > sum(lengths) - len(lengths) - 2 * row_tokens
 
 
 def pysource_like(number: int) -> list[int]:
