@@ -66,12 +66,12 @@ MATRIX_STD = 1.0  # x width^-1/2
 RESIDUAL_START = 1.0  # r: how much of x a layer keeps
 SKIP_START = 0.1  # s: how much of the normalised embedding it adds
 
-TOTAL_BATCH_SIZE = scale(2**19, 2**13)  # tokens a step
-DEVICE_BATCH_SIZE = scale(128, 16)  # rows at a time; halved by itself where memory is short
+TOTAL_BATCH_SIZE = scale(2**19, 2**12)  # tokens a step
+DEVICE_BATCH_SIZE = scale(128, 8)  # rows at a time; halved by itself where memory is short
 
-EMBEDDING_LR = scale(0.6, 0.3)  # this and the next x (width / 768)^-1/2
+EMBEDDING_LR = scale(0.6, 0.5)  # this and the next x (width / 768)^-1/2
 UNEMBEDDING_LR = scale(0.004, 0.008)
-MATRIX_LR = scale(0.04, 0.02)
+MATRIX_LR = scale(0.04, 0.03)
 SCALAR_LR = 0.5
 RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR, for r
 ADAM_BETAS = (0.8, 0.95)
@@ -88,6 +88,7 @@ FINAL_LR_FRAC = 0.0
 
 SEED = int(os.environ.get("SEED", "42"))  # a second one tells a gain from luck
 WARMUP_STEPS = 3  # on weights that are thrown away
+QUERY_BLOCK = 128  # queries at a time, where attention is written out
 LOSS_SLICE = scale(2**15, 2**10)  # tokens whose logits exist at one time
 ACTIVATION_MEMORY = scale(0.95, 1.0)  # below 1 cheap activations are computed again, not kept
 MAX_LOSS = 100.0  # a run beyond it is ended
@@ -195,7 +196,10 @@ def repeat_heads(t: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def written_out(config: "GPTConfig", device: torch.device) -> Attend:
-    """Matrix product, softmax, matrix product. The reference of all others; fast on short rows."""
+    """Matrix product, softmax, matrix product. The reference of all others; fast on short rows.
+
+    Some queries at a time, so that most keys which none of them sees are never multiplied.
+    """
     T = config.sequence_len
     blocked = {w: ~window_mask(T, w, device) for w in set(config.windows())}
 
@@ -203,8 +207,14 @@ def written_out(config: "GPTConfig", device: torch.device) -> Attend:
         T = q.size(1)
         k, v = repeat_heads(k, q.size(2)), repeat_heads(v, q.size(2))
         q, k, v = (t.transpose(1, 2) for t in (q * q.size(-1) ** -0.5, k, v))  # (B, H, T, D)
-        scores = (q @ k.mT).masked_fill(blocked[window][:T, :T], -math.inf)
-        return (scores.softmax(-1) @ v).transpose(1, 2)
+        parts = []
+        for start in range(0, T, QUERY_BLOCK):
+            queries = slice(start, min(T, start + QUERY_BLOCK))
+            keys = slice(max(0, start - window), queries.stop)
+            scores = q[:, :, queries] @ k[:, :, keys].mT
+            scores = scores.masked_fill(blocked[window][queries, keys], -math.inf)
+            parts.append(scores.softmax(-1) @ v[:, :, keys])
+        return torch.cat(parts, 2).transpose(1, 2)
 
     return attend
 

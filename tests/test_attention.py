@@ -151,7 +151,8 @@ def install_kernels(monkeypatch, get_kernel, get_local_kernel=None) -> list:
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("make", [written_out, torch_sdpa, torch_varlen])
-def test_each_backend_equals_a_loop(make, window, kv_heads, varlen):
+def test_each_backend_equals_a_loop(make, window, kv_heads, varlen, monkeypatch):
+    monkeypatch.setattr(train, "QUERY_BLOCK", 4)  # two blocks, and a rest of one query
     agree_with_loop(make(config_for(window), CPU), some_heads(4, kv_heads), window)
 
 
