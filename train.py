@@ -57,6 +57,7 @@ SHORT_WINDOW = 1 / 2  # of a row
 ROTARY_BASE = 10_000
 LOGIT_SOFT_CAP = 15.0
 VALUE_EMBEDDING_EVERY = scale(2, 1)  # layers, counted back from the last one
+SHIFT_KEYS = scale(False, True)  # half of each key from the token before
 BIGRAM_ROWS = scale(0, 2**14)  # table of embeddings for hashed pairs of tokens; 0 for none
 GATE_CHANNELS = 32  # of a layer's input; they steer its value embedding
 
@@ -385,6 +386,17 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+def shift(k: torch.Tensor) -> torch.Tensor:
+    """Take the slowly rotating half of each key (B, T, H, D) from the token before.
+
+    Then one layer finds what came after an earlier token like the present one; without, it takes
+    two layers that have found each other, which is luck in a short run.
+    """
+    own, shifted = k.unflatten(-1, (2, -1)).chunk(2, dim=-1)  # rotation pairs i with i + D / 2
+    shifted = F.pad(shifted[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+    return torch.cat((own, shifted), dim=-1).flatten(-2)
+
+
 class CausalSelfAttention(nn.Module):
     """Attention with QK norm (arXiv 2010.04245) and value embeddings (ResFormer, 2410.17897)."""
 
@@ -409,7 +421,7 @@ class CausalSelfAttention(nn.Module):
         if self.gate is not None:
             gate_BTH = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
             v = v + gate_BTH.unsqueeze(-1) * value_embedding.view_as(v)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(shift(k) if SHIFT_KEYS else k, cos, sin))
         return self.c_proj(self.attend(q, k, v, self.window).reshape(B, T, C))
 
 

@@ -16,6 +16,7 @@ REFERENCE = dict(
     ROTARY_BASE=10_000,
     LOGIT_SOFT_CAP=15.0,
     VALUE_EMBEDDING_EVERY=2,
+    SHIFT_KEYS=False,
     GATE_CHANNELS=32,
     EMBEDDING_STD=1.0,
     HEAD_STD=0.001,
@@ -124,6 +125,16 @@ def bigram_rows(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
     return rows[0][0]
 
 
+def k_shifted(k: torch.Tensor, t: int) -> torch.Tensor:
+    """The key (D,) of token t from those of a head (T, D); its slower half is of t - 1."""
+    if not train.SHIFT_KEYS:
+        return k[t]
+    quarter, key = k.size(1) // 4, k[t].clone()
+    for slow in (slice(quarter, 2 * quarter), slice(3 * quarter, None)):
+        key[slow] = k[t - 1, slow] if t else 0
+    return key
+
+
 def slow_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
     """Logits (T, V) in float64 of one row of tokens (T,)."""
     w = {name: weight.detach().double() for name, weight in model.named_parameters()}
@@ -147,7 +158,7 @@ def slow_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
         for head in range(heads):
             mine, its = slice(head * D, head * D + D), slice(head // per_key * D, None)
             queries = [unit(turned(q[t, mine], t)) for t in range(T)]
-            keys = [unit(turned(k[t, its][:D], t)) for t in range(T)]
+            keys = [unit(turned(k_shifted(k[:, its][:, :D], t), t)) for t in range(T)]
             for t in range(T):
                 seen = range(max(0, t - window), t + 1)
                 scores = torch.stack([queries[t] @ keys[s] for s in seen]) / D**0.5
@@ -176,6 +187,21 @@ def test_logits_are_those_of_the_model_written_out(changes):
     wanted = slow_logits(model, tokens[0])
     with torch.no_grad():
         torch.testing.assert_close(model(tokens)[0].double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_logits_with_shifted_keys_are_those_of_the_model_written_out(kv_heads, monkeypatch):
+    monkeypatch.setattr(train, "SHIFT_KEYS", True)
+    test_logits_are_those_of_the_model_written_out({"n_kv_head": kv_heads})
+
+
+def test_with_shifted_keys_one_layer_finds_what_followed_an_earlier_token(monkeypatch):
+    """Weights by hand: a query like a key's slow half meets the token after its own kind."""
+    monkeypatch.setattr(train, "SHIFT_KEYS", True)
+    A, B, C = torch.eye(16)[[4, 5, 12]]  # of 16 dimensions 4 … 7 and 12 … 15 turn slowly
+    k = torch.stack([A, B, A, C]).view(1, 4, 1, 16)
+    scores = train.shift(k)[0, :, 0] @ A
+    assert scores.tolist() == [0, 1, 0, 1]  # at B and at C, which came after A
 
 
 def test_a_bigrams_row_depends_on_the_pair_alone():
