@@ -868,8 +868,9 @@ def training_rows(files: list[Path], row_tokens: int, bos: int) -> Iterator[tupl
     """Endless training rows, (T + 1) uint16 each, with their epoch, from 1 on.
 
     Each epoch serves every piece of every document, in an order of its own, the same in every run.
-    Before that the first one serves the documents' first pieces, which are what validation rows
-    hold: a run that ends within an epoch has then seen text of the kind that it is scored on.
+    Before that the first one serves, of shards with documents longer than a row, the documents'
+    first pieces. They are what validation rows hold: a run that ends within an epoch has then
+    seen text of the kind that it is scored on.
     """
     for epoch, first_pieces in chain([(1, True)], zip(count(1), repeat(False))):
         served = 0
@@ -877,6 +878,8 @@ def training_rows(files: list[Path], row_tokens: int, bos: int) -> Iterator[tupl
             tokens = np.fromfile(path, dtype=np.uint16)
             starts, lengths = document_spans(tokens, bos)
             if first_pieces:
+                if lengths.max(initial=0) <= row_tokens:
+                    continue
                 lengths = np.minimum(lengths, row_tokens)
             starts, lengths = cut_long(starts, lengths, row_tokens)
             order = np.random.default_rng((epoch, n, first_pieces)).permutation(len(starts))
@@ -885,7 +888,7 @@ def training_rows(files: list[Path], row_tokens: int, bos: int) -> Iterator[tupl
                 yield write_row(parts, tokens, starts, row_tokens, bos), epoch
                 served += 1
             del tokens  # before the next shard is read
-        if not served:
+        if not (served or first_pieces):
             raise ValueError(f"the training text does not fill one row of {row_tokens} tokens")
 
 

@@ -199,7 +199,7 @@ def repeat_heads(t: torch.Tensor, heads: int) -> torch.Tensor:
 def written_out(config: "GPTConfig", device: torch.device) -> Attend:
     """Matrix product, softmax, matrix product. The reference of all others; fast on short rows.
 
-    Some queries at a time, so that most keys which none of them sees are never multiplied.
+    Some queries at a time, so that keys which none of them sees are not multiplied.
     """
     T = config.sequence_len
     blocked = {w: ~window_mask(T, w, device) for w in set(config.windows())}
@@ -264,7 +264,8 @@ def flash_attention_3(config: "GPTConfig", device: torch.device) -> Attend:
             from kernels import get_kernel, get_local_kernel
 
             fetched = Path(os.environ.get("KERNELS_CACHE") or HF_HUB_CACHE)
-            for snapshot in fetched.glob("kernels--kernels-community--flash-attn3/snapshots/*"):
+            snapshots = fetched.glob("kernels--kernels-community--flash-attn3/snapshots/*")
+            for snapshot in sorted(snapshots):
                 with suppress(Exception):  # cut off, or for another torch
                     got.append(get_local_kernel(snapshot))
                     return
@@ -326,7 +327,7 @@ def first_line(failure: Exception) -> str:
 
 
 def try_attention(attend: Attend, config: "GPTConfig", platform: Platform) -> float:
-    """Seconds of a forward and backward pass; ArithmeticError if it is not what it should be."""
+    """Seconds forward and backward, at each window; ArithmeticError if results are wrong."""
     D, T = config.n_embd // config.n_head, config.sequence_len
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4, 2, T, config.n_head, D, generator=generator).to(platform.device)
@@ -389,8 +390,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def shift(k: torch.Tensor) -> torch.Tensor:
     """Take the slowly rotating half of each key (B, T, H, D) from the token before.
 
-    Then one layer finds what came after an earlier token like the present one; without, it takes
-    two layers that have found each other, which is luck in a short run.
+    Then one layer finds what came after an earlier token like the present one. Otherwise that
+    takes two that work together (induction heads, arXiv 2209.11895), found late and by luck.
     """
     own, shifted = k.unflatten(-1, (2, -1)).chunk(2, dim=-1)  # rotation pairs i with i + D / 2
     shifted = F.pad(shifted[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
@@ -864,7 +865,13 @@ def warm_up(run: Run) -> None:
     run.start_afresh()
     if run.platform.is_cuda:
         torch.cuda.synchronize()
-        if not any(segment.get("is_expandable") for segment in torch.cuda.memory_snapshot()):
+        check_allocator()
+
+
+def check_allocator() -> None:
+    """Say so if our setting, unless a person chose another, has no effect on this machine."""
+    if os.environ[_ALLOCATOR_SETTING] == "expandable_segments:True":
+        if not any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()):
             print(f"{_ALLOCATOR_SETTING} has no effect here: memory may run short earlier")
 
 
@@ -892,6 +899,8 @@ def try_step(run: Run, step: int) -> bool:
     else:
         run.rows = math.gcd(run.rows, run.rows // 2)  # 1 after an odd number: the total stays
         print(f"out of memory: DEVICE_BATCH_SIZE {run.rows}, {run.micro_batches} micro-batches")
+    run.optimizer = None  # with the gradients, so that their memory goes back too
+    run.model.zero_grad(set_to_none=True)
     gc.collect()
     torch.compiler.reset()  # after some recompilations it would leave the model uncompiled
     if run.platform.is_cuda:

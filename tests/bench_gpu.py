@@ -43,7 +43,7 @@ CANDIDATES = {
     "warm-down 0.75, floor 0.05": {"WARMDOWN_RATIO": 0.75, "FINAL_LR_FRAC": 0.05},
     "starts": {"SKIP_START": 0.05, "MATRIX_STD": 0.68},
     "momentum ramp 200": {"MUON_MOMENTUM_STEPS": 200},
-    "documents masked": {"documents": 64},
+    "documents masked": {"documents": 64},  # by varlen_attn, also where the other has FA3
 }
 
 # With and without computing cheap activations again, by rows of a micro-batch.
@@ -59,7 +59,8 @@ def document_starts(idx: torch.Tensor, bos: int, most: int) -> torch.Tensor:
     """Where documents begin in rows (B, T) laid end to end, as (B x most + 1) int32.
 
     A row's list always has `most` places, so that nothing recompiles; those left over hold the
-    row's end: documents of no length. Documents beyond the last place count as one.
+    row's end: documents of no length. Documents beyond the last place count as one. Every row
+    has to begin with BOS, as the loader's do.
     """
     B, T = idx.shape
     number_BT = (idx == bos).cumsum(1) - 1
@@ -75,7 +76,7 @@ def mask_documents(most: int) -> None:
     hidden, now = train.GPT.hidden, []
 
     def hidden_with_starts(self, idx):
-        now[:] = [document_starts(idx, self.config.vocab_size - 4, most)]
+        now[:] = [document_starts(idx, self.config.vocab_size - len(prepare.SPECIAL_TOKENS), most)]
         return hidden(self, idx)
 
     def masked_varlen(config, device):
@@ -248,11 +249,11 @@ def loader() -> None:
 
 def speed() -> None:
     """The constants as they are for 60 s, with a cold and then a warm compile cache."""
-    cache = tempfile.mkdtemp()
-    rows = [
-        {"run": name, **run_train(f"speed {name}", 60, {}, cache=cache)}
-        for name in ("cold", "warm")
-    ]
+    with tempfile.TemporaryDirectory() as cache:
+        rows = [
+            {"run": name, **run_train(f"speed {name}", 60, {}, cache=cache)}
+            for name in ("cold", "warm")
+        ]
     for row in rows:
         outside_s = float(row.get("total_seconds", "nan")) - float(row.get("training_seconds", 0))
         row["outside_s"] = round(outside_s, 1)
@@ -302,13 +303,16 @@ def evaluation() -> None:
     prepare.DATASET = "pysource"
     run = train.Run(train.find_platform())
     train.warm_up(run)
-    rows = np.resize(prepare.open_prepared().rows(), (40 * 524288 // prepare.MAX_SEQ_LEN, 2049))
+    T = prepare.MAX_SEQ_LEN
+    shape = (40 * 524288 // T, T + 1)
+    rows = np.resize(prepare.open_prepared().rows(), shape)
     run.model.eval()
     times_s = []
     for _ in range(3):
         torch.cuda.synchronize()
         started_s = time.perf_counter()
-        prepare.checked_losses(run.model, rows, run.rows, run.config.vocab_size)
+        with torch.no_grad():
+            prepare.checked_losses(run.model, rows, run.rows, run.config.vocab_size)
         times_s.append(time.perf_counter() - started_s)
     row = {"rows": len(rows), "seconds": f"{statistics.median(times_s):.1f}"}
     show("evaluation", [row], list(row))
@@ -369,11 +373,17 @@ def main() -> None:
     chosen = sys.argv[1:] or list(parts)[:-2]
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device here; this is for a machine with one")
+    if unknown := set(chosen) - set(parts):
+        sys.exit(f"error: no part {', '.join(unknown)}; there are {', '.join(parts)}")
+    failed = []
     for name in chosen:
         try:
             parts[name]()
-        except Exception:  # one check that fails keeps the others from nothing
+        except Exception:  # the others still run
             traceback.print_exc()
+            failed.append(name)
+    if failed:
+        sys.exit(f"error: failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

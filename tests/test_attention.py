@@ -188,8 +188,7 @@ def test_flash_attention_3_half_fetched_is_asked_for_again(snapshots, monkeypatc
     assert len(calls) == 2 and calls[1][1] == {"version": 1}
 
 
-def test_the_kernels_package_lays_what_it_fetches_where_it_is_looked_for():
-    """By the name that the packages themselves give the folder."""
+def test_the_folder_looked_in_has_the_hubs_name_for_the_kernel():
     from huggingface_hub.file_download import repo_folder_name
 
     repository = "kernels-community/flash-attn3"
@@ -268,6 +267,10 @@ def a_window_off_by_one(q, k, v, *, causal, window_size):
     return loop(q, k, v, max(0, window_size[0] - 1)).to(q.dtype)
 
 
+def a_window_for_all(q, k, v, *, causal, window_size):
+    return loop(q, k, v, 4).to(q.dtype)
+
+
 FAILURES = {
     "no network": (
         raising(ValueError("cannot reach the hub")),
@@ -286,6 +289,10 @@ FAILURES = {
     ),
     "window off by one": (
         lambda *a, **k: SimpleNamespace(flash_attn_func=a_window_off_by_one),
+        "ArithmeticError: its results are off by",
+    ),
+    "right in the first layers' window alone": (
+        lambda *a, **k: SimpleNamespace(flash_attn_func=a_window_for_all),
         "ArithmeticError: its results are off by",
     ),
     "right results, wrong gradients": (

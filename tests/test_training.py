@@ -267,6 +267,42 @@ def test_out_of_memory_halves_the_rows_and_keeps_the_total(
     assert_same(weights_of(run), wanted_weights)
 
 
+def test_what_a_failed_step_left_is_let_go_before_memory_is_given_back(make_run, monkeypatch):
+    run = make_run(DEVICE_BATCH_SIZE=8, WARMUP_STEPS=1)
+    out_of_memory_over(run, 4, monkeypatch)
+    run.take_step, limited = type(run).take_step.__get__(run), run.take_step
+    run.take_step(0.0, 0)
+    train.accumulate_gradients(run.model, run.batches, 1)  # a step that was cut off
+    monkeypatch.setattr(run, "take_step", limited)
+    held = []
+
+    def collect():
+        held.append([run.optimizer, *(p.grad for p in run.model.parameters())])
+
+    monkeypatch.setattr(train.gc, "collect", collect)
+    train.warm_up(run)
+    assert held and all(thing is None for thing in held[0])
+
+
+@pytest.mark.parametrize(
+    "setting, expandable, said",
+    [
+        ("expandable_segments:True", [True, False], ""),
+        ("expandable_segments:True", [False], "has no effect here"),
+        ("backend:cudaMallocAsync", None, ""),  # a person's own; torch has no snapshot of that
+    ],
+)
+def test_the_allocators_setting_is_checked(setting, expandable, said, monkeypatch, capsys):
+    def snapshot():
+        return [{"is_expandable": value} for value in expandable]
+
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
+    monkeypatch.setenv(train._ALLOCATOR_SETTING, setting)
+    train.check_allocator()
+    out = capsys.readouterr().out
+    assert said in out and bool(out) == bool(said)
+
+
 @pytest.mark.parametrize("rows", [5, 6, 7, 12, 25])
 def test_an_odd_number_of_rows_keeps_the_total_too(rows, make_run, monkeypatch):
     run = make_run(DEVICE_BATCH_SIZE=rows, TOTAL_BATCH_SIZE=rows * 32, WARMUP_STEPS=1)
@@ -459,6 +495,20 @@ def test_a_run_ends_with_the_summary(whole, capsys):
     values = {line.split(":")[0]: line.split(None, 1)[1] for line in lines}
     assert 0 < float(values["val_bpb"]) < 8
     assert 0.5 <= float(values["training_seconds"]) < float(values["total_seconds"])
+
+
+def test_a_slow_cards_evaluation_has_minutes_of_its_own(whole, monkeypatch):
+    armed, real_evaluate = [], train.evaluate_bpb
+    monkeypatch.setattr(
+        train.faulthandler, "dump_traceback_later", lambda *a, **k: armed.append((a, k))
+    )
+
+    def scored(*args):
+        assert armed == 2 * [((train.HUNG_AFTER_S,), {"exit": True})]
+        return real_evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate_bpb", scored)
+    whole()
 
 
 def test_scored_weights_are_touched_by_timed_steps_alone(whole, capsys, monkeypatch):
