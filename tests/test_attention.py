@@ -216,6 +216,7 @@ def test_document_starts_are_where_bos_stands_and_a_row_ends():
 
 
 def test_with_documents_masked_none_sees_another(varlen, monkeypatch):
+    monkeypatch.setattr(train, "SHIFT_KEYS", False)  # a BOS would take it from the last document
     monkeypatch.setattr(train.GPT, "hidden", train.GPT.hidden)  # put back afterwards
     monkeypatch.setattr(train, "attention_candidates", None)
     bench_gpu.mask_documents(most=4)
