@@ -97,22 +97,17 @@ def written_whole(path: Path) -> Iterator:
         temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def alone_in(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock, which ends with the process; wait for whoever has it."""
+def alone_in(directory: Path):
+    """The directory's lock, for a `with`; ends with the process. Waits for whoever has it."""
     from filelock import FileLock, Timeout
 
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / "lock")
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except Timeout:
         say(f"another process is preparing {directory}; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()
 
 
 # --- Data sets -------------------------------------------------------------------
@@ -172,7 +167,7 @@ def find_dataset(num_shards: int | None, workers: int) -> DataSet:
     if DATASET in HUB:
         return hub_dataset(HUB[DATASET], num_shards or DEFAULT_SHARDS, workers)
     if DATASET == "pysource":
-        return local_dataset(*pysource(), least_chars=200)
+        return local_dataset(pysource(), [PYSOURCE_SKIPS], least_chars=200)
     root = own_path()
     if not root.exists():
         raise ValueError(
@@ -225,18 +220,14 @@ def local_dataset(files: list[Path], signature: list, least_chars: int) -> DataS
     return DataSet(train, Shard("val", partial(documents, files, True)), signature, notes)
 
 
-def pysource() -> tuple[list[Path], list]:
+def pysource() -> list[Path]:
     """Python source of packages that the lock file pins: the same bytes on every machine."""
-    files, signature = [], []
-    for package in PYSOURCE_PACKAGES:
-        for entry in sorted(importlib.metadata.distribution(package).files or [], key=str):
-            if entry.suffix == ".py" and entry.parts[0] == package:
-                if entry.name not in PYSOURCE_SKIPS:
-                    files.append(Path(str(entry.locate())))
-                    signature.append([entry.as_posix(), entry.hash and entry.hash.value])
-    if not files:
-        raise FileNotFoundError(f"no source of {', '.join(PYSOURCE_PACKAGES)}; run: uv sync")
-    return files, signature
+    return [
+        Path(str(entry.locate()))
+        for package in PYSOURCE_PACKAGES
+        for entry in sorted(importlib.metadata.distribution(package).files or [], key=str)
+        if entry.suffix == ".py" and entry.parts[0] == package and entry.name not in PYSOURCE_SKIPS
+    ]
 
 
 def is_validation(text: str) -> bool:
@@ -288,7 +279,8 @@ def json_text(line: bytes, notes: Counter) -> list[str]:
         # JSON can hold lone surrogates, UTF-8 cannot.
         return [json.loads(line)["text"].encode(errors="replace").decode()]
     except (ValueError, LookupError, TypeError, AttributeError):
-        notes['lines of .jsonl without a "text": skipped'] += bool(line.strip())
+        if line.strip():
+            notes['lines of .jsonl without a "text": skipped'] += 1
         return []
 
 
@@ -593,12 +585,15 @@ def read_manifest(path: Path) -> Prepared:
 def prepare(num_shards: int | None = None, workers: int = 8) -> Prepared:
     """Make whatever the present constants need and is not there yet; keep what is.
 
-    `num_shards` limits the training files of a data set of many; `workers` are parallel downloads.
+    `num_shards`: training files, of a data set of many; by default as many as before. `workers`:
+    parallel downloads.
     Raises OSError, ValueError or RuntimeError that say what to do; the next call goes on.
     """
     started_s = time.perf_counter()
     path = manifest_path()
     with alone_in(path.parent):
+        if num_shards is None and path.exists():  # what was chosen before stays
+            num_shards = len(read_manifest(path).manifest["train"])
         data = find_dataset(num_shards, workers)
         # All that tokens depend on: the text, and how documents and vocabulary are cut from it.
         key = [VOCAB_SIZE, SPLIT_PATTERN, BPE_CHARS, BPE_DOCUMENT_CHARS]
@@ -787,66 +782,47 @@ def cut_long(starts: np.ndarray, lengths: np.ndarray, row_tokens: int) -> tuple:
 
 
 def pack_rows(
-    lengths: Iterable[int], row_tokens: int, buffer_size: int = BUFFER_DOCUMENTS
+    lengths: Iterable[int], row_tokens: int, buffer_size: int = BUFFER_DOCUMENTS, keep: bool = False
 ) -> Iterator[list[Part]]:
     """Pack documents into full rows by the reference rule, best fit with cropping.
 
     Of `buffer_size` documents take the longest that still fits; when none fits, cut the shortest
     to fill the row, and drop its rest. Of equal ones take the first to arrive. `lengths` count BOS.
+
+    With `keep`, for training and pieces of at most a row, that rest, behind a new BOS, keeps its
+    place in the queue, and a row begins with what has waited longest: nothing waits for more than
+    `buffer_size` rows, and nothing is lost but the last, unfilled row.
     """
     arriving = enumerate(lengths)
     waiting: list[tuple[int, int]] = []  # (length, document), sorted
+    queue: OrderedDict = OrderedDict()  # document -> (length, used), oldest first
     while True:
         row, room = [], row_tokens
         while room:
             for document, length in islice(arriving, buffer_size - len(waiting)):
                 insort(waiting, (length, document))
+                queue[document] = (length, 0)
             if not waiting:
                 return
-            length, document = waiting.pop(place_of_best(waiting, room))
-            row.append((document, 0, min(length, room)))
-            room -= row[-1][2]
-        yield row
-
-
-def place_of_best(waiting: list[tuple[int, int]], room: int) -> int:
-    """Of the longest that fit, or else of the shortest, the first to arrive."""
-    fitting = bisect_right(waiting, (room, math.inf))
-    return bisect_left(waiting, (waiting[max(fitting - 1, 0)][0], -1))
-
-
-def pack_training_rows(
-    lengths: Iterable[int], row_tokens: int, buffer_size: int = BUFFER_DOCUMENTS
-) -> Iterator[list[Part]]:
-    """Pack pieces of at most a row into full rows and lose nothing but the last, unfilled row.
-
-    A row begins with the piece that has waited longest, so none waits for more than `buffer_size`
-    rows; then best fit; when none fits, the shortest is cut and its rest, behind a new BOS, keeps
-    its place in the queue.
-    """
-    arriving = enumerate(lengths)
-    waiting: list[tuple[int, int]] = []  # (length, piece), sorted
-    queue: OrderedDict = OrderedDict()  # piece -> (length, used), oldest first
-    while True:
-        row, room = [], row_tokens
-        while room:
-            for piece, length in islice(arriving, buffer_size - len(waiting)):
-                insort(waiting, (length, piece))
-                queue[piece] = (length, 0)
-            if not waiting:
-                return
-            piece = waiting[place_of_best(waiting, room)][1] if row else next(iter(queue))
-            length, used = queue[piece]
-            del waiting[bisect_left(waiting, (length, piece))]
+            oldest_first = keep and not row
+            document = next(iter(queue)) if oldest_first else best_fit(waiting, room)
+            length, used = queue[document]
+            del waiting[bisect_left(waiting, (length, document))]
             taken = min(length, room)
-            row.append((piece, used, taken))
+            row.append((document, used, taken))
             room -= taken
-            if taken < length:
-                queue[piece] = (length - taken + 1, used + taken - 1)  # each with a BOS
-                insort(waiting, (length - taken + 1, piece))
+            if keep and taken < length:
+                queue[document] = (length - taken + 1, used + taken - 1)  # each with a BOS
+                insort(waiting, (length - taken + 1, document))
             else:
-                del queue[piece]
+                del queue[document]
         yield row
+
+
+def best_fit(waiting: list[tuple[int, int]], room: int) -> int:
+    """Of the longest documents that fit, or else of the shortest, the first to arrive."""
+    fitting = bisect_right(waiting, (room, math.inf))
+    return waiting[bisect_left(waiting, (waiting[max(fitting - 1, 0)][0], -1))][1]
 
 
 def write_row(
@@ -875,19 +851,20 @@ def training_rows(files: list[Path], row_tokens: int, bos: int) -> Iterator[tupl
     for epoch, first_pieces in chain([(1, True)], zip(count(1), repeat(False))):
         served = 0
         for n, path in enumerate(files):
-            tokens = np.fromfile(path, dtype=np.uint16)
+            if not size_of(path):
+                continue
+            tokens = np.asarray(np.memmap(path, dtype=np.uint16, mode="r"))
             starts, lengths = document_spans(tokens, bos)
             if first_pieces:
-                if lengths.max(initial=0) <= row_tokens:
+                if lengths.max() <= row_tokens:
                     continue
                 lengths = np.minimum(lengths, row_tokens)
             starts, lengths = cut_long(starts, lengths, row_tokens)
             order = np.random.default_rng((epoch, n, first_pieces)).permutation(len(starts))
             starts = starts[order].tolist()
-            for parts in pack_training_rows(lengths[order].tolist(), row_tokens):
+            for parts in pack_rows(lengths[order].tolist(), row_tokens, keep=True):
                 yield write_row(parts, tokens, starts, row_tokens, bos), epoch
                 served += 1
-            del tokens  # before the next shard is read
         if not (served or first_pieces):
             raise ValueError(f"the training text does not fill one row of {row_tokens} tokens")
 
@@ -1098,7 +1075,7 @@ def explain(failure: Exception) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prepare the data set that DATASET names.")
-    many = f"training files to use, of a data set of many (default {DEFAULT_SHARDS})"
+    many = f"training files, of a data set of many (default: as before; at first {DEFAULT_SHARDS})"
     parser.add_argument("--num-shards", type=int, help=many)
     parser.add_argument("--download-workers", type=int, default=8, help="parallel downloads")
     arguments = parser.parse_args()

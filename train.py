@@ -9,7 +9,6 @@ B batch (rows) · T time · C width · H heads · D head width · V vocabulary. 
 
 import faulthandler
 import gc
-import importlib.metadata
 import math
 import os
 import sys
@@ -20,10 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# The allocator reads this when torch is loaded; torch 2.9 knows the older name alone.
-_OLD_TORCH = importlib.metadata.version("torch").startswith("2.9.")
-_ALLOCATOR_SETTING = "PYTORCH_CUDA_ALLOC_CONF" if _OLD_TORCH else "PYTORCH_ALLOC_CONF"
-os.environ.setdefault(_ALLOCATOR_SETTING, "expandable_segments:True")
+# The allocator reads this when torch is loaded.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -60,6 +57,7 @@ VALUE_EMBEDDING_EVERY = scale(2, 1)  # layers, counted back from the last one
 SHIFT_KEYS = scale(False, True)  # half of each key from the token before
 BIGRAM_ROWS = scale(0, 2**14)  # table of embeddings for hashed pairs of tokens; 0 for none
 GATE_CHANNELS = 32  # of a layer's input; they steer its value embedding
+MLP_RATIO = 4  # width of an MLP's hidden layer, in widths of the model
 
 EMBEDDING_STD = 1.0
 HEAD_STD = 0.001
@@ -78,6 +76,7 @@ RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR, for r
 ADAM_BETAS = (0.8, 0.95)
 SKIP_BETAS = (0.96, 0.95)  # for s
 ADAM_EPS = 1e-10
+ADAM_WEIGHT_DECAY = 0.0
 WEIGHT_DECAY = 0.2  # of the matrices; falls to 0 with progress
 MUON_MOMENTUM = (0.85, 0.95)  # from, to
 MUON_MOMENTUM_STEPS = 300
@@ -178,7 +177,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older ones refuse more
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
@@ -419,7 +418,7 @@ class CausalSelfAttention(nn.Module):
         q = self.c_q(x).view(B, T, self.n_head, -1)
         k = self.c_k(x).view(B, T, self.n_kv_head, -1)
         v = self.c_v(x).view(B, T, self.n_kv_head, -1)
-        if self.gate is not None:
+        if self.gate:
             gate_BTH = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
             v = v + gate_BTH.unsqueeze(-1) * value_embedding.view_as(v)
         q, k = norm(rotate(q, cos, sin)), norm(rotate(shift(k) if SHIFT_KEYS else k, cos, sin))
@@ -431,8 +430,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.c_fc = nn.Linear(config.n_embd, MLP_RATIO * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(MLP_RATIO * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
         return self.c_proj(F.relu(self.c_fc(x)).square())
@@ -460,13 +459,9 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.bigrams = nn.Embedding(config.bigram_rows, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
-        self.value_embeds = nn.ModuleDict(
-            {
-                str(layer): nn.Embedding(config.vocab_size, config.n_kv_head * head_dim)
-                for layer, block in enumerate(self.blocks)
-                if block.attn.gate is not None
-            }
-        )
+        gated = [str(layer) for layer, block in enumerate(self.blocks) if block.attn.gate]
+        sizes = config.vocab_size, config.n_kv_head * head_dim
+        self.value_embeds = nn.ModuleDict({layer: nn.Embedding(*sizes) for layer in gated})
         self.residual_scales = nn.Parameter(torch.empty(config.n_layer))  # r
         self.skip_scales = nn.Parameter(torch.empty(config.n_layer))  # s
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -477,11 +472,8 @@ class GPT(nn.Module):
         self.run_eagerly()
 
     def run_eagerly(self) -> None:
-        self.trunk, self.capped_logits, self.loss_of_slice = (
-            self.hidden,
-            capped_logits,
-            loss_of_slice,
-        )
+        self.trunk = self.hidden
+        self.capped_logits, self.loss_of_slice = capped_logits, loss_of_slice
 
     def compile(self) -> None:
         """Compile the trunk and the head, each for the shapes that it meets."""
@@ -529,7 +521,7 @@ class GPT(nn.Module):
         x = x0 = norm(x)
         for layer, block in enumerate(self.blocks):
             x = self.residual_scales[layer] * x + self.skip_scales[layer] * x0
-            table = self.value_embeds[str(layer)] if block.attn.gate is not None else None
+            table = self.value_embeds[str(layer)] if block.attn.gate else None
             x = block(x, table(idx) if table else None, cos, sin)
         return norm(x)
 
@@ -697,7 +689,7 @@ def make_optimizer(model: GPT) -> MuonAdamW:
         tables.append(model.bigrams)
 
     def adam(params, lr, betas=ADAM_BETAS):
-        return dict(kind="adamw", params=params, lr=lr, betas=betas, weight_decay=0.0)
+        return dict(kind="adamw", params=params, lr=lr, betas=betas, weight_decay=ADAM_WEIGHT_DECAY)
 
     groups = [
         adam([model.lm_head.weight], UNEMBEDDING_LR * width_scale),
@@ -865,14 +857,6 @@ def warm_up(run: Run) -> None:
     run.start_afresh()
     if run.platform.is_cuda:
         torch.cuda.synchronize()
-        check_allocator()
-
-
-def check_allocator() -> None:
-    """Say so if our setting, unless a person chose another, has no effect on this machine."""
-    if os.environ[_ALLOCATOR_SETTING] == "expandable_segments:True":
-        if not any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()):
-            print(f"{_ALLOCATOR_SETTING} has no effect here: memory may run short earlier")
 
 
 def try_step(run: Run, step: int) -> bool:

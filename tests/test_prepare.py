@@ -161,7 +161,8 @@ def test_a_vocabulary_of_fewer_shards_is_not_used_for_more(own_text, tmp_path, m
 
     monkeypatch.setattr(prepare, "download", download)
     one = prepare.prepare(num_shards=1)
-    two = prepare.prepare()
+    assert prepare.prepare() == one  # as an agent's set-up does: what a person chose stays
+    two = prepare.prepare(num_shards=2)
     fresh = prepare_afresh(monkeypatch, tmp_path / "fresh")
     assert one.manifest["train"] == ["train_a.bin"]
     assert two.manifest == fresh.manifest
@@ -342,6 +343,7 @@ def test_documents_come_from_every_kind_of_file(tmp_path, monkeypatch):
         ]
     )
     assert notes == {'lines of .jsonl without a "text": skipped': 4}
+    assert prepare.json_text(b"\n", notes := Counter()) == [] and list(notes) == []
 
 
 def test_odd_files_are_replaced_or_skipped_and_counted(tmp_path, monkeypatch):

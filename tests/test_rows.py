@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
-from prepare import cut_long, document_spans, pack_rows, pack_training_rows, write_row
+from prepare import cut_long, document_spans, pack_rows, write_row
 
 BOS = 65535
 
@@ -91,7 +91,7 @@ def test_training_rows_are_full_and_serve_every_token_at_most_once(
 ):
     tokens = flat_file(lengths)
     starts, pieces = cut_long(*document_spans(tokens, BOS), row_tokens)
-    packed = pack_training_rows(pieces.tolist(), row_tokens, buffer_size)
+    packed = pack_rows(pieces.tolist(), row_tokens, buffer_size, keep=True)
     rows = [write_row(parts, tokens, starts.tolist(), row_tokens, BOS) for parts in packed]
     served = []
     for row in rows:
@@ -121,7 +121,7 @@ def longest_wait(pieces: list[int], row_tokens: int, buffer_size: int) -> int:
             arrived.append(rows)
             yield length
 
-    for row in pack_training_rows(arriving(), row_tokens, buffer_size):
+    for row in pack_rows(arriving(), row_tokens, buffer_size, keep=True):
         waits += [rows - arrived[piece] for piece, _, _ in row]
         rows += 1
     return max(waits)
@@ -180,7 +180,7 @@ def test_at_least_95_percent_of_an_epoch_is_served(like, T):
     starts = np.cumsum([0, *lengths[:-1]])
     pieces = cut_long(starts, np.array(lengths), T + 1)[1].tolist()
     assert sum(piece - 1 for piece in pieces) == sum(lengths) - len(lengths)
-    assert share_served(pack_training_rows(pieces, T + 1), lengths) >= 0.95
+    assert share_served(pack_rows(pieces, T + 1, keep=True), lengths) >= 0.95
     assert longest_wait(pieces, T + 1, prepare.BUFFER_DOCUMENTS) <= prepare.BUFFER_DOCUMENTS
 
 
@@ -200,5 +200,5 @@ def test_a_document_is_cut_into_pieces_that_fill_a_row():
 
 def test_a_row_that_cannot_be_filled_is_not_served():
     assert list(pack_rows([3, 1], 5)) == []
-    assert list(pack_training_rows([3, 1], 5)) == []
-    assert [len(row) for row in pack_training_rows([3, 2], 5)] == [2]
+    assert list(pack_rows([3, 1], 5, keep=True)) == []
+    assert [len(row) for row in pack_rows([3, 2], 5, keep=True)] == [2]

@@ -284,25 +284,6 @@ def test_what_a_failed_step_left_is_let_go_before_memory_is_given_back(make_run,
     assert held and all(thing is None for thing in held[0])
 
 
-@pytest.mark.parametrize(
-    "setting, expandable, said",
-    [
-        ("expandable_segments:True", [True, False], ""),
-        ("expandable_segments:True", [False], "has no effect here"),
-        ("backend:cudaMallocAsync", None, ""),  # a person's own; torch has no snapshot of that
-    ],
-)
-def test_the_allocators_setting_is_checked(setting, expandable, said, monkeypatch, capsys):
-    def snapshot():
-        return [{"is_expandable": value} for value in expandable]
-
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
-    monkeypatch.setenv(train._ALLOCATOR_SETTING, setting)
-    train.check_allocator()
-    out = capsys.readouterr().out
-    assert said in out and bool(out) == bool(said)
-
-
 @pytest.mark.parametrize("rows", [5, 6, 7, 12, 25])
 def test_an_odd_number_of_rows_keeps_the_total_too(rows, make_run, monkeypatch):
     run = make_run(DEVICE_BATCH_SIZE=rows, TOTAL_BATCH_SIZE=rows * 32, WARMUP_STEPS=1)
