@@ -760,6 +760,9 @@ BATCHES_AHEAD = 2
 # document · its tokens after BOS to skip · tokens to take, BOS included
 Part = tuple[int, int, int]
 
+# from · to: of all documents, by a number from 0 to 1 that is drawn for each
+Share = tuple[float, float]
+
 
 def document_spans(tokens: np.ndarray, bos: int) -> tuple[np.ndarray, np.ndarray]:
     """Where the documents of a flat file start, and their lengths with BOS."""
@@ -840,13 +843,15 @@ def write_row(
     return row
 
 
-def training_rows(files: list[Path], row_tokens: int, bos: int) -> Iterator[tuple]:
+def training_rows(
+    files: list[Path], row_tokens: int, bos: int, share: Share = (0, 1)
+) -> Iterator[tuple]:
     """Endless training rows, (T + 1) uint16 each, with their epoch, from 1 on.
 
-    Each epoch serves every piece of every document, in an order of its own, the same in every run.
-    Before that the first one serves, of shards with documents longer than a row, the documents'
-    first pieces. They are what validation rows hold: a run that ends within an epoch has then
-    seen text of the kind that it is scored on.
+    Each epoch serves every piece of every document in the share, in an order of its own, the same
+    in every run. Before that the first one serves, of shards with documents longer than a row, the
+    documents' first pieces. They are what validation rows hold: a run that ends within an epoch has
+    then seen text of the kind that it is scored on.
     """
     for epoch, first_pieces in chain([(1, True)], zip(count(1), repeat(False))):
         served = 0
@@ -855,8 +860,10 @@ def training_rows(files: list[Path], row_tokens: int, bos: int) -> Iterator[tupl
                 continue
             tokens = np.asarray(np.memmap(path, dtype=np.uint16, mode="r"))
             starts, lengths = document_spans(tokens, bos)
+            chosen = documents_in(share, n, len(starts))
+            starts, lengths = starts[chosen], lengths[chosen]
             if first_pieces:
-                if lengths.max() <= row_tokens:
+                if lengths.max(initial=0) <= row_tokens:
                     continue
                 lengths = np.minimum(lengths, row_tokens)
             starts, lengths = cut_long(starts, lengths, row_tokens)
@@ -867,6 +874,21 @@ def training_rows(files: list[Path], row_tokens: int, bos: int) -> Iterator[tupl
                 served += 1
         if not (served or first_pieces):
             raise ValueError(f"the training text does not fill one row of {row_tokens} tokens")
+
+
+def documents_in(share: Share, shard: int, documents: int) -> np.ndarray:
+    """Which of a shard's documents are in the share: (documents,) bool, the same in every run."""
+    drawn = np.random.default_rng(shard).permutation(documents) / documents
+    return (share[0] <= drawn) & (drawn < share[1])
+
+
+def training_text(tokenizer: Tokenizer, share: Share = (0, 1)) -> Iterator[np.ndarray]:
+    """The training documents in the share: of each shard flat uint16 tokens, each behind BOS."""
+    prepared = open_prepared()
+    for n, name in enumerate(prepared.manifest["train"]):
+        tokens = np.fromfile(prepared.tokens / name, dtype=np.uint16)
+        _, lengths = document_spans(tokens, tokenizer.get_bos_token_id())
+        yield tokens[np.repeat(documents_in(share, n, len(lengths)), lengths)]
 
 
 def batches(rows: Iterator[tuple], B: int, device: torch.device) -> Iterator[tuple]:
@@ -899,13 +921,18 @@ def inputs_and_targets(batch: torch.Tensor, device: torch.device) -> tuple:
 
 
 def make_dataloader(
-    tokenizer: Tokenizer, B: int, T: int, split: str, device: str | torch.device | None = None
+    tokenizer: Tokenizer,
+    B: int,
+    T: int,
+    split: str,
+    device: str | torch.device | None = None,
+    share: Share = (0, 1),
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Endless batches of inputs (B, T) int64, targets (B, T) int64 and the epoch, from 1 on.
 
-    `split` is "train" or "val". Batches are fresh memory on `device` (default: the GPU if there is
-    one), made ahead in a thread; their order is the same in every run. For "val", T must be
-    MAX_SEQ_LEN. Raises ValueError for other arguments.
+    `split` is "train", of which the documents in `share` are served, or "val". Batches are fresh
+    memory on `device` (default: the GPU if there is one), made ahead in a thread; their order is
+    the same in every run. For "val", T must be MAX_SEQ_LEN. Raises ValueError for other arguments.
     """
     if split not in ("train", "val"):
         raise ValueError(f'split = "{split}" is neither "train" nor "val"')
@@ -918,6 +945,7 @@ def make_dataloader(
             [prepared.tokens / name for name in prepared.manifest["train"]],
             T + 1,
             tokenizer.get_bos_token_id(),
+            share,
         )
     else:
         rows = ((row, epoch) for epoch in count(1) for row in prepared.rows())

@@ -15,13 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 # The allocator reads this when torch is loaded.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
@@ -36,6 +39,7 @@ from prepare import (  # noqa: E402
     explain,
     make_dataloader,
     open_prepared,
+    training_text,
 )
 
 # --- Hyperparameters -------------------------------------------------------------
@@ -56,6 +60,11 @@ LOGIT_SOFT_CAP = 15.0
 VALUE_EMBEDDING_EVERY = scale(2, 1)  # layers, counted back from the last one
 SHIFT_KEYS = scale(False, True)  # half of each key from the token before
 BIGRAM_ROWS = scale(0, 2**14)  # table of embeddings for hashed pairs of tokens; 0 for none
+GUESS_ORDERS = scale((), (2, 3, 4, 5, 6, 8, 12))  # last tokens that are looked up, rising
+GUESS_ROWS = 2**24  # of the table of each order; a power of 2
+GUESS_TOKENS = 3 * 2**22  # of text to look up in, at most, at a time
+TRAINED_SHARE = 0.5  # of the documents, if there are guesses: these come from the others first
+GUESS_RESERVE = 0.8  # of the time that took, kept for the rest at the end: it meets full rows
 GATE_CHANNELS = 32  # of a layer's input; they steer its value embedding
 MLP_RATIO = 4  # width of an MLP's hidden layer, in widths of the model
 
@@ -366,6 +375,7 @@ class GPTConfig:
     n_embd: int
     window_pattern: str = "SSSL"
     bigram_rows: int = 0
+    guess_orders: tuple[int, ...] = ()
 
     def windows(self) -> list[int]:
         """For each layer, how many tokens before itself a token sees."""
@@ -395,6 +405,75 @@ def shift(k: torch.Tensor) -> torch.Tensor:
     own, shifted = k.unflatten(-1, (2, -1)).chunk(2, dim=-1)  # rotation pairs i with i + D / 2
     shifted = F.pad(shifted[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
     return torch.cat((own, shifted), dim=-1).flatten(-2)
+
+
+def fill_table(table: np.ndarray, contexts: np.ndarray, tokens: np.ndarray) -> None:
+    """Fill rows of a table of guesses that are still empty, from contexts (N,) and what follows."""
+    pairs = (contexts << 16 | tokens)[table[contexts >> 12] < 0]
+    pairs, counts = np.unique(pairs, return_counts=True)  # those of one context stand together
+    starts = np.flatnonzero(np.diff(pairs >> 16, prepend=-1))
+    totals = np.add.reduceat(counts, starts)
+    totals = np.repeat(totals, np.diff(starts, append=len(pairs)))
+    certainties = 8 * counts // (totals + 1)  # 0 to 7; of what was seen once, 4
+    entries = (certainties << 28 | pairs & 0xFFFFFFF).astype(np.int32)
+    rising = np.argsort(counts, kind="stable")
+    table[(pairs >> 28)[rising]] = entries[rising]  # of a row's entries the last stays
+
+
+class Guesses(nn.Module):
+    """The token that mostly followed the same last tokens in other training text, embedded.
+
+    Each order, a number of last tokens, has a table. Their hash names a row and 12 bits that tell
+    them from others with that row. A row holds certainty (3 bits) · those 12 · the token (16), or
+    -1. Of contexts that share a row, the one seen most often has it; full rows stay.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.orders, self.vocab_size = config.guess_orders, config.vocab_size
+        sizes = config.vocab_size + 9, config.n_embd  # tokens; certainties, from 0 for no guess
+        self.embeds = nn.ModuleList(nn.Embedding(*sizes) for _ in self.orders)
+        none = torch.full((len(self.orders), GUESS_ROWS), -1, dtype=torch.int32)
+        self.register_buffer("tables", none, persistent=False)
+        # Of 43 bits: times 16 bits of a token, over at most 16 tokens, nothing overflows.
+        factors = np.random.default_rng(0).integers(2**42, 2**43, max(self.orders, default=0))
+        self.factors = factors.tolist()
+
+    def contexts(self, idx: torch.Tensor) -> list[torch.Tensor]:
+        """For each order, the hash at each place of (…, T): row of the table · 12 bits."""
+        hashed, found = 0, []
+        for back, factor in enumerate(self.factors):
+            hashed = hashed + F.pad(idx, (back, 0))[..., : idx.size(-1)] * factor
+            if back + 1 in self.orders:
+                found.append(hashed >> 7 & (GUESS_ROWS << 12) - 1)
+        return found
+
+    def fill(self, texts: Iterator[np.ndarray]) -> None:
+        """Fill rows that are still empty from flat tokens, at most GUESS_TOKENS of them."""
+        parts, left = [np.zeros(0, np.uint16)], GUESS_TOKENS
+        for text in texts:
+            parts.append(text[:left])
+            left -= len(parts[-1])
+            if not left:
+                break
+        tokens = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        tables = self.tables.cpu()
+        with ThreadPoolExecutor(2) as pool:  # each takes most of a gigabyte
+            contexts = [each[:-1].numpy() for each in self.contexts(tokens)]
+            list(pool.map(fill_table, tables.numpy(), contexts, repeat(tokens[1:].numpy())))
+        self.tables.copy_(tables)
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        x = 0
+        parts = zip(self.contexts(idx), self.tables, self.embeds, strict=True)
+        for contexts, table, embed in parts:
+            entries = table[contexts >> 12].long()
+            known = (entries >= 0) & (entries >> 16 & 0xFFF == contexts & 0xFFF)
+            certainty = torch.where(known, (entries >> 28) + 1, 0)
+            guess = embed(torch.where(known, entries & 0xFFFF, 0))
+            share = (certainty / 8).to(guess.dtype).unsqueeze(-1)
+            x = x + share * guess + embed(self.vocab_size + certainty)
+        return x
 
 
 class CausalSelfAttention(nn.Module):
@@ -458,6 +537,7 @@ class GPT(nn.Module):
         head_dim = config.n_embd // config.n_head
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.bigrams = nn.Embedding(config.bigram_rows, config.n_embd)
+        self.guesses = Guesses(config)
         self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
         gated = [str(layer) for layer, block in enumerate(self.blocks) if block.attn.gate]
         sizes = config.vocab_size, config.n_kv_head * head_dim
@@ -488,7 +568,7 @@ class GPT(nn.Module):
         """Move to the device; matrices and tables in the compute type, scalars in float32."""
         self.to(platform.device)
         for tensor in [*self.parameters(), *self.buffers()]:
-            if tensor.ndim > 1:
+            if tensor.ndim > 1 and tensor.is_floating_point():
                 tensor.data = tensor.data.to(platform.dtype)
         return self
 
@@ -505,7 +585,7 @@ class GPT(nn.Module):
             elif weight is self.wte.weight or weight is self.lm_head.weight:
                 std = EMBEDDING_STD if weight is self.wte.weight else HEAD_STD
                 fresh = torch.randn(weight.shape, generator=generator) * std
-            elif weight is self.bigrams.weight or "c_proj" in name or "gate" in name:
+            elif name.startswith(("bigrams", "guesses")) or "c_proj" in name or "gate" in name:
                 fresh = torch.zeros(weight.shape)
             else:
                 fresh = (torch.rand(weight.shape, generator=generator) * 2 - 1) * bound
@@ -518,6 +598,8 @@ class GPT(nn.Module):
         if self.config.bigram_rows:
             previous = F.pad(idx[:, :-1], (1, 0))
             x = x + self.bigrams((previous * 36313 + idx * 27191) % self.config.bigram_rows)
+        if self.config.guess_orders:
+            x = x + self.guesses(idx)
         x = x0 = norm(x)
         for layer, block in enumerate(self.blocks):
             x = self.residual_scales[layer] * x + self.skip_scales[layer] * x0
@@ -538,7 +620,7 @@ class GPT(nn.Module):
 
     def flops_per_token(self) -> int:
         """Forward and backward, of matrix products alone: 6 a weight, and the attention."""
-        tables = [self.wte, self.bigrams, *self.value_embeds.values()]
+        tables = [self.wte, self.bigrams, *self.guesses.embeds, *self.value_embeds.values()]
         unmultiplied = sum(table.weight.numel() for table in tables) + 2 * self.config.n_layer
         T, windows = self.config.sequence_len, self.config.windows()
         attention = sum(12 * self.config.n_embd * min(window, T) for window in windows)
@@ -684,7 +766,7 @@ class MuonAdamW(torch.optim.Optimizer):
 def make_optimizer(model: GPT) -> MuonAdamW:
     """The groups of parameters with their rules, rates and betas."""
     width_scale = (model.config.n_embd / 768) ** -0.5
-    tables = [model.wte, *model.value_embeds.values()]
+    tables = [model.wte, *model.guesses.embeds, *model.value_embeds.values()]
     if model.config.bigram_rows:
         tables.append(model.bigrams)
 
@@ -810,7 +892,7 @@ class Run:
         width = -(-DEPTH * ASPECT_RATIO // HEAD_DIM) * HEAD_DIM
         heads = width // HEAD_DIM
         sizes = (MAX_SEQ_LEN, self.tokenizer.get_vocab_size(), DEPTH, heads, heads, width)
-        self.config = GPTConfig(*sizes, WINDOW_PATTERN, BIGRAM_ROWS)
+        self.config = GPTConfig(*sizes, WINDOW_PATTERN, BIGRAM_ROWS, GUESS_ORDERS)
         self.rows = rows_that_divide(TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE)
         self.attend, self.attention = choose_attention(self.config, platform)
         self.model = GPT(self.config, self.attend).place(platform)
@@ -823,8 +905,15 @@ class Run:
         self.model.init_weights(SEED)
         self.model.zero_grad(set_to_none=True)
         self.optimizer = make_optimizer(self.model)
-        device = self.platform.device
-        self.batches = make_dataloader(self.tokenizer, self.rows, MAX_SEQ_LEN, "train", device)
+        data = (self.tokenizer, self.rows, MAX_SEQ_LEN, "train", self.platform.device)
+        self.batches = make_dataloader(*data, share=(0, TRAINED_SHARE if GUESS_ORDERS else 1))
+
+    def guess_from(self, share: tuple[float, float]) -> None:
+        """Let the model guess from these training documents too."""
+        if GUESS_ORDERS:
+            started_s = time.perf_counter()
+            self.model.guesses.fill(training_text(self.tokenizer, share))
+            print(f"guesses: text read in {time.perf_counter() - started_s:.1f} s")
 
     @property
     def micro_batches(self) -> int:
@@ -898,7 +987,8 @@ class Log:
     """A line now and then; on a terminal, one that renews itself."""
 
     def __init__(self, clock: Clock):
-        self.clock, self.lines, self.train_loss, self.epoch = clock, 0, math.nan, 1
+        self.clock, self.began_s = clock, clock.used_s
+        self.lines, self.train_loss, self.epoch = 0, math.nan, 1
 
     def line(self, loss: float, epoch: int) -> None:
         self.epoch = epoch
@@ -908,7 +998,8 @@ class Log:
         due = progress * LOG_LINES >= self.lines
         if not (due or sys.stdout.isatty()):
             return
-        rate = self.clock.step * TOTAL_BATCH_SIZE / max(self.clock.used_s, 1e-9)
+        elapsed_s = max(self.clock.used_s - self.began_s, 1e-9)
+        rate = self.clock.step * TOTAL_BATCH_SIZE / elapsed_s
         text = (
             f"step {self.clock.step:5d} · {progress:4.0%} · loss {self.train_loss:.4f} · "
             f"lr x{lr_scale(progress):.2f} · {rate:,.0f} tokens/s · epoch {epoch}"
@@ -999,7 +1090,10 @@ def run_experiment() -> None:
     gc.disable()  # its pauses would fall into steps
     print(f"training for {TIME_BUDGET} s: {run.micro_batches} x {run.rows} rows a step")
     clock = Clock(TIME_BUDGET)
+    run.guess_from((TRAINED_SHARE, 1))
+    clock.budget_s -= GUESS_RESERVE * clock.used_s
     log = train(run, clock)
+    run.guess_from((0, TRAINED_SHARE))
     training_s = clock.used_s
     gc.enable()
     faulthandler.dump_traceback_later(HUNG_AFTER_S, exit=True)  # anew: slow cards take minutes

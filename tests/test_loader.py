@@ -84,6 +84,26 @@ def test_rows_are_the_text_of_training_documents(small, T):
             assert text_of(part) in trained_on
 
 
+def test_shares_divide_the_documents(small):
+    """A loader serves the documents of its share, and `training_text` gives the same ones."""
+    tokenizer = Tokenizer.from_directory()
+
+    def found(share) -> Counter:
+        (text,) = prepare.training_text(tokenizer, share)
+        return Counter(part.tobytes() for part in documents_in(text, tokenizer.bos))
+
+    parts = [found((0, 0.3)), found((0.3, 1))]
+    assert parts[0] + parts[1] == found((0, 1)) and not parts[0] & parts[1]
+    assert 0.2 < parts[0].total() / found((0, 1)).total() < 0.4
+    batches = make_dataloader(tokenizer, 1, 32, "train", device="cpu", share=(0, 0.3))
+    served = b"".join(parts[0])
+    for inputs, _, epoch in batches:
+        if epoch == 3:
+            break
+        for part in documents_in(inputs[0].numpy().astype(np.uint16), tokenizer.bos):
+            assert part.tobytes() in served
+
+
 # --- Epochs ----------------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
 """The model: its size, its parts and its loss, against a second model written from the rules."""
 
 import math
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -135,6 +137,27 @@ def k_shifted(k: torch.Tensor, t: int) -> torch.Tensor:
     return key
 
 
+def some_text_of(vocabulary: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).geometric(2 / vocabulary, length).astype(np.uint16) % 50
+
+
+def guesses_after(text: np.ndarray, order: int) -> dict[tuple, Counter]:
+    """What followed each context, counted the slow way; before the text stand zeros."""
+    followers = defaultdict(Counter)
+    tokens = [0] * (order - 1) + text.tolist()
+    for at in range(order, len(tokens)):
+        followers[tuple(tokens[at - order : at])][tokens[at]] += 1
+    return followers
+
+
+def guess(text: np.ndarray, order: int, tokens: list[int]) -> tuple[int, int]:
+    """What followed the last tokens most often in the text, of equal ones the last; certainty."""
+    context = tuple(([0] * order + tokens)[-order:])
+    counts = guesses_after(text, order).get(context, Counter())
+    most, token = max([(0, 0), *((count, token) for token, count in counts.items())])
+    return token, 8 * most // (counts.total() + 1) + (most > 0)
+
+
 def slow_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
     """Logits (T, V) in float64 of one row of tokens (T,)."""
     w = {name: weight.detach().double() for name, weight in model.named_parameters()}
@@ -144,6 +167,11 @@ def slow_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
     x = w["wte.weight"][tokens]
     if config.bigram_rows:
         x = x + w["bigrams.weight"][bigram_rows(model, tokens)]
+    for order, table in zip(config.guess_orders, model.guesses.embeds, strict=True):
+        E = table.weight.detach().double()
+        for t in range(T):
+            token, certainty = guess(TEXT, order, tokens[: t + 1].tolist())
+            x[t] = x[t] + certainty / 8 * E[token] + E[config.vocab_size + certainty]
     x = x0 = unit(x)
     for layer in range(config.n_layer):
         own = {n.removeprefix(f"blocks.{layer}."): p for n, p in w.items()}
@@ -184,9 +212,15 @@ def slow_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
 )
 def test_logits_are_those_of_the_model_written_out(changes):
     model, tokens = make_model(**changes), some_tokens(rows=1)
+    model.guesses.fill(iter([TEXT]))
     wanted = slow_logits(model, tokens[0])
     with torch.no_grad():
         torch.testing.assert_close(model(tokens)[0].double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_with_guesses_are_those_of_the_model_written_out(monkeypatch):
+    monkeypatch.setattr(train, "GUESS_ROWS", 2**20)
+    test_logits_are_those_of_the_model_written_out({"guess_orders": (1, 3)})
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -230,9 +264,10 @@ def test_logits_are_float32_and_capped():
     assert logits.isfinite().all() and 14.9 < logits.abs().max() <= 15
 
 
-@pytest.mark.parametrize("bigram_rows", [0, 97])
-def test_later_tokens_and_other_rows_change_nothing(bigram_rows):
-    model, tokens = make_model(bigram_rows=bigram_rows), some_tokens()
+@pytest.mark.parametrize("extra", [{}, {"bigram_rows": 97}, {"guess_orders": (1, 3)}])
+def test_later_tokens_and_other_rows_change_nothing(extra):
+    model, tokens = make_model(**extra), some_tokens()
+    model.guesses.fill(iter([TEXT]))
     changed = tokens.clone()
     changed[0, 7:] = (changed[0, 7:] + 1) % 50
     with torch.no_grad():
@@ -257,6 +292,74 @@ def test_rotary_embedding_keeps_norms_and_relative_positions():
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[0].expand_as(diagonal), rtol=1e-4, atol=1e-4)
     assert scores[:, 0].std() > 0.1  # and they do depend on the distance
+
+
+# --- Guesses ---
+
+
+TEXT = some_text_of(50, 3000)
+
+
+def look_up(guesses: train.Guesses, rows: torch.Tensor) -> list[tuple]:
+    """(token, certainty) of each order's guess at each place, read from the embeddings' input."""
+    asked = []
+    guesses.embeds.requires_grad_(False)
+    for embed in guesses.embeds:
+        embed.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
+    guesses(rows)
+    certainties = [each - guesses.vocab_size for each in asked[1::2]]
+    return list(zip(asked[::2], certainties, strict=True))
+
+
+def test_guesses_are_what_followed_most_often(monkeypatch):
+    monkeypatch.setattr(train, "GUESS_ROWS", 2**16)
+    guesses = train.Guesses(GPTConfig(**TINY, guess_orders=(1, 2, 5)))
+    text, other = some_text_of(8, 3000), some_text_of(8, 3000, seed=1)
+    guesses.fill(iter([text]))
+    rows = torch.from_numpy(other[:2000].astype(np.int64)).view(4, 500)
+    places = unknown = lost = mistaken = 0
+    for order, (tokens, certainties) in zip((1, 2, 5), look_up(guesses, rows), strict=True):
+        followers = guesses_after(text, order)
+        for row, row_tokens, row_certainties in zip(
+            rows.tolist(), tokens, certainties, strict=True
+        ):
+            padded = [0] * (order - 1) + row
+            for at in range(len(row)):
+                counts = followers.get(tuple(padded[at : at + order]))
+                if counts is None:
+                    unknown += 1
+                    mistaken += int(row_certainties[at] > 0)  # of one hash with another
+                    continue
+                places += 1
+                if row_certainties[at] == 0:  # another context has its place
+                    lost += 1
+                    continue
+                most = max(counts.values())
+                assert counts[row_tokens[at].item()] == most
+                assert row_certainties[at] == 8 * most // (counts.total() + 1) + 1
+    assert places > 3000 and unknown > 300 and lost < places / 20 and mistaken < 3
+
+
+def test_later_text_fills_empty_places_alone_and_up_to_the_limit(monkeypatch):
+    config = GPTConfig(**TINY, guess_orders=(2, 3))
+    first, second, both = (train.Guesses(config) for _ in range(3))
+    texts = [some_text_of(50, 300, seed) for seed in range(2)]
+    first.fill(iter(texts[:1]))
+    second.fill(iter(texts[1:]))
+    both.fill(iter(texts[:1]))
+    both.fill(iter(texts[1:]))
+    old = first.tables >= 0
+    assert old.any() and both.tables[old].equal(first.tables[old])
+    new = ~old & (second.tables >= 0)
+    assert new.any() and both.tables[new].equal(second.tables[new])
+    monkeypatch.setattr(train, "GUESS_TOKENS", 300)
+    limited = train.Guesses(config)
+    limited.fill(iter([np.zeros(0, np.uint16), *texts]))
+    assert limited.tables.equal(first.tables)
+    for nothing in ([], [np.zeros(0, np.uint16)], [np.ones(1, np.uint16)]):
+        empty = train.Guesses(config)
+        empty.fill(iter(nothing))
+        assert (empty.tables == -1).all()
 
 
 # --- Loss ---
@@ -306,7 +409,7 @@ def test_reductions_agree():
 
 def test_trunk_and_loss_are_one_graph_each():
     """torch.compile meets nothing that it has to leave to Python."""
-    model, idx = make_model(), some_tokens()
+    model, idx = make_model(bigram_rows=97, guess_orders=(1, 3)), some_tokens()
     whole = dict(backend="eager", fullgraph=True, dynamic=False)
     x = torch.compile(model.hidden, **whole)(idx)
     torch.testing.assert_close(x, model.hidden(idx))

@@ -238,9 +238,9 @@ def model_and_groups(**changes) -> tuple:
     return model, make_optimizer(model).param_groups
 
 
-@pytest.mark.parametrize("bigram_rows", [0, 97])
-def test_every_parameter_is_in_exactly_one_group(bigram_rows):
-    model, groups = model_and_groups(n_embd=32, bigram_rows=bigram_rows)
+@pytest.mark.parametrize("extra", [{}, {"bigram_rows": 97, "guess_orders": (1, 3)}])
+def test_every_parameter_is_in_exactly_one_group(extra):
+    model, groups = model_and_groups(n_embd=32, **extra)
     grouped = [id(p) for group in groups for p in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(p) for p in model.parameters() if p.numel()}

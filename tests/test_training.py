@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,8 @@ TINY = dict(
     DEVICE_BATCH_SIZE=4,
     LOSS_SLICE=50,
     WARMUP_STEPS=0,
+    GUESS_ORDERS=(2, 4),
+    TRAINED_SHARE=0.5,
 )
 
 
@@ -518,6 +521,57 @@ def test_scored_weights_are_touched_by_timed_steps_alone(whole, capsys, monkeypa
     assert not torch.equal(seen["start"]["wte.weight"], seen["end"]["wte.weight"])
     said = float(re.search(r"training_seconds: +([\d.]+)", capsys.readouterr().out)[1])
     assert abs(said - seen["used_s"]) <= 0.2
+
+
+def test_guesses_come_from_text_not_trained_on_and_in_the_end_from_all(whole, monkeypatch):
+    seen, real_train = [], train.train
+
+    def timed(run, clock):
+        seen.append((run, run.model.guesses.tables.clone()))
+        return real_train(run, clock)
+
+    monkeypatch.setattr(train, "train", timed)
+    whole()
+    ((run, tables),) = seen
+    expected = train.Guesses(run.config)
+    expected.fill(prepare.training_text(run.tokenizer, (0.5, 1)))
+    assert tables.equal(expected.tables)
+    expected.fill(prepare.training_text(run.tokenizer, (0, 0.5)))
+    assert run.model.guesses.tables.equal(expected.tables)
+
+
+def test_a_run_trains_on_its_share_of_the_documents_alone(make_run):
+    run = make_run()
+    (text,) = prepare.training_text(run.tokenizer, (0, 0.5))
+    bos = run.tokenizer.get_bos_token_id()
+    for _ in range(20):
+        inputs, _, _ = next(run.batches)
+        for row in inputs.numpy().astype("uint16"):
+            for part in np.split(row, np.flatnonzero(row == bos))[1:]:
+                assert part[1:].tobytes() in text.tobytes()
+
+
+def test_reading_for_guesses_is_inside_the_clock(whole, capsys, monkeypatch):
+    now_s, read = [100.0], []
+
+    def guess_from(run, share):
+        now_s[0] += 0.1
+        read.append(share)
+
+    def take_step(run, progress, step):
+        now_s[0] += 0.01
+        return torch.tensor(1.0), 1
+
+    clock = train.Clock
+    monkeypatch.setattr(train.Run, "guess_from", guess_from)
+    monkeypatch.setattr(train.Run, "take_step", take_step)
+    monkeypatch.setattr(train, "Clock", lambda budget_s: clock(budget_s, now=lambda: now_s[0]))
+    whole()
+    lines = dict(re.findall(r"^(\w+): +([\d.]+)", capsys.readouterr().out, re.M))
+    assert read == [(0.5, 1), (0, 0.5)]
+    steps_s = 0.5 - 0.1 - 0.1 * train.GUESS_RESERVE
+    assert int(lines["num_steps"]) == pytest.approx(steps_s / 0.01, abs=1.1)
+    assert float(lines["training_seconds"]) == 0.5
 
 
 def test_nan_ends_the_run_with_one_line_and_no_summary(whole, capsys, monkeypatch):
