@@ -156,6 +156,13 @@ def test_a_second_run_that_says_discard_takes_the_experiment_out(analyse):
     assert list(analyse(HEADER + rows)["kept"].commit) == ["a"]
 
 
+def test_a_discard_that_a_second_seed_confirms_is_kept_with_the_mean_of_both(analyse):
+    rows = "a\t1.80\t2\tkeep\tbaseline\nb\t1.79\t2\tdiscard\tsmall\nb\t1.75\t2\tkeep\tsmall\n"
+    found = analyse(HEADER + rows)
+    assert list(found["kept"].commit) == ["a", "b"]
+    assert found["best"].score == pytest.approx(1.77)
+
+
 @pytest.mark.parametrize("table", [HEADER, "", "\n\n"], ids=["header", "empty", "blank lines"])
 def test_notebook_runs_on_a_header_only_table(analyse, table):
     found = analyse(table)
@@ -202,6 +209,7 @@ def test_a_malformed_row_is_shown_and_changes_nothing_else(analyse, capsys, row)
     assert list(found["malformed"].row) == [row]
     assert found["malformed"].reason.iloc[0]
     assert "12 rows, 1 of them malformed" in capsys.readouterr().out
+    assert any(", 1 malformed" in text for text in texts(found))
     assert found["best"].commit == "hhh" and len(found["runs"]) == 11
 
 
