@@ -123,6 +123,7 @@ PEAK_FLOPS = {
     "MI300X": 1307e12,
 }
 KERNEL_WAIT_S = 60  # for the hub to answer with Flash Attention 3
+TRIAL_S = 0.5  # for timing the attention backends
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
@@ -310,21 +311,33 @@ def attention_candidates(platform: Platform) -> list[Callable]:
 
 
 def choose_attention(config: "GPTConfig", platform: Platform) -> tuple[Attend, str]:
-    """The first backend that works on CUDA, the faster one elsewhere; says why."""
-    tried = {}
+    """The first backend that works on CUDA, the fastest elsewhere; says why.
+
+    Elsewhere they are timed in turn, so that other processes disturb all alike, and a later one
+    must win clearly: two runs of one commit are to have the same.
+    """
+    tried, fastest_s = {}, {}
     for make in attention_candidates(platform):
         try:
             attend = make(config, platform.device)
-            tried[make.__name__] = attend, try_attention(attend, config, platform)
+            trial = attention_trial(attend, config, platform)
+            fastest_s[make.__name__] = trial()
         except Exception as failure:
             print(f"attention: not {make.__name__}: {first_line(failure)}")
             continue
+        tried[make.__name__] = attend, trial
         if platform.is_cuda:
             break
     if not tried:
         return written_out(config, platform.device), "written_out"
-    name = min(tried, key=lambda name: tried[name][1])
-    times = ", ".join(f"{other} {seconds * 1e3:.1f} ms" for other, (_, seconds) in tried.items())
+    ends_s, rounds = time.perf_counter() + TRIAL_S, 0
+    while rounds < 3 or time.perf_counter() < ends_s:
+        for name, (_, trial) in tried.items():
+            fastest_s[name] = min(fastest_s[name], trial())
+        rounds += 1
+    first, name = next(iter(tried)), min(fastest_s, key=fastest_s.get)
+    name = name if fastest_s[name] < 0.8 * fastest_s[first] else first
+    times = ", ".join(f"{other} {seconds * 1e3:.1f} ms" for other, seconds in fastest_s.items())
     print(f"attention: {name} ({times})")
     return tried[name][0], name
 
@@ -334,8 +347,11 @@ def first_line(failure: Exception) -> str:
     return f"{type(failure).__name__}: {str(failure).strip()[:120]}".splitlines()[0]
 
 
-def try_attention(attend: Attend, config: "GPTConfig", platform: Platform) -> float:
-    """Seconds forward and backward, at each window; ArithmeticError if results are wrong."""
+def attention_trial(attend: Attend, config: "GPTConfig", platform: Platform) -> Callable:
+    """A function that gives the seconds of one pass, forward and backward, at each window.
+
+    It raises ArithmeticError if results or gradients are wrong.
+    """
     D, T = config.n_embd // config.n_head, config.sequence_len
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4, 2, T, config.n_head, D, generator=generator).to(platform.device)
@@ -348,18 +364,20 @@ def try_attention(attend: Attend, config: "GPTConfig", platform: Platform) -> fl
             found += [y, *torch.autograd.grad(y, leaves, rows[3].to(dtype))]
         return found
 
-    wanted, times_s = results(written_out(config, platform.device), torch.float32), []
-    while len(times_s) < 3 or sum(times_s) < 0.2:  # the fastest of many: other processes disturb
-        started_s = time.perf_counter()
-        found = results(attend, platform.dtype)
-        pairs = zip(found, wanted, strict=True)
-        errors = [((a.float() - b).norm() / b.norm()).item() for a, b in pairs]  # waits
-        times_s.append(time.perf_counter() - started_s)
+    wanted = results(written_out(config, platform.device), torch.float32)
     limit = 1e-2 if platform.dtype == torch.bfloat16 else 1e-4
-    worst = torch.tensor(errors).max().item()  # of results and gradients; NaN if one is
-    if not worst < limit:
-        raise ArithmeticError(f"its results are off by {worst:.1e}")
-    return min(times_s)
+
+    def trial() -> float:
+        started_s = time.perf_counter()
+        pairs = zip(results(attend, platform.dtype), wanted, strict=True)
+        errors = [((a.float() - b).norm() / b.norm()).item() for a, b in pairs]  # waits
+        seconds = time.perf_counter() - started_s
+        worst = torch.tensor(errors).max().item()  # NaN if one is
+        if not worst < limit:
+            raise ArithmeticError(f"its results are off by {worst:.1e}")
+        return seconds
+
+    return trial
 
 
 # --- Model -----------------------------------------------------------------------

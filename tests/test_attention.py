@@ -6,6 +6,8 @@ import math
 import os
 import sys
 import time
+from functools import partial
+from itertools import chain, repeat
 from types import ModuleType, SimpleNamespace
 
 import bench_gpu
@@ -372,15 +374,28 @@ def test_attention_written_out_is_left_where_nothing_works(cuda, monkeypatch, ca
     agree_with_loop(attend, some_heads(2, 2), 4)
 
 
-def test_the_faster_backend_is_taken_on_a_cpu(monkeypatch, capsys):
-    seconds = {"written_out": 0.5, "torch_sdpa": 0.25}
-    made = iter(seconds.values())
-    monkeypatch.setattr(train, "try_attention", lambda *a: next(made))
+def choose_on_a_cpu(monkeypatch, **seconds: list[float]) -> str:
+    """The backend chosen where trials take these seconds, each list's last one for ever."""
+    made = (chain(times, repeat(times[-1])) for times in seconds.values())
+    monkeypatch.setattr(train, "attention_trial", lambda *a: partial(next, next(made)))
+    monkeypatch.setattr(train, "TRIAL_S", 0.01)
     _, name = choose_attention(config_for(4, 9), Platform(CPU, torch.float32, "CPU", 0.0))
-    assert name == "torch_sdpa"
+    return name
+
+
+def test_the_faster_backend_is_taken_on_a_cpu(monkeypatch, capsys):
+    assert choose_on_a_cpu(monkeypatch, written_out=[0.5], torch_sdpa=[0.25]) == "torch_sdpa"
     assert capsys.readouterr().out == (
         "attention: torch_sdpa (written_out 500.0 ms, torch_sdpa 250.0 ms)\n"
     )
+
+
+def test_a_disturbed_trial_changes_no_backend(monkeypatch):
+    # Seen in a night: 41.5 ms instead of 16 for one, undisturbed the other; 26.2 to 26.1.
+    times = {"written_out": [0.0415, 0.0415, 0.016], "torch_sdpa": [0.0311]}
+    assert choose_on_a_cpu(monkeypatch, **times) == "written_out"
+    times = {"written_out": [0.0262], "torch_sdpa": [0.0261]}
+    assert choose_on_a_cpu(monkeypatch, **times) == "written_out"
 
 
 @pytest.mark.parametrize(

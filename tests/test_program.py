@@ -274,8 +274,20 @@ def test_a_benchmark_that_the_person_chose_is_committed_once_and_runs(one_night)
     assert one_night.run()[-1] == "exit status: 0"
 
 
+LIMIT = r"\$\((awk .*? prepare\.py)\)"
+
+
+@pytest.mark.parametrize("budget_s", [60, 300, 3600])
+def test_the_time_limit_of_a_run_is_the_budget_and_15_minutes(night, budget_s):
+    path = night.folder / "prepare.py"
+    text = path.read_text(encoding="utf-8")
+    text = re.sub(r"(?m)^TIME_BUDGET = \d+", f"TIME_BUDGET = {budget_s}", text)
+    path.write_text(text, encoding="utf-8")
+    (limit,) = re.findall(f"sleep {LIMIT}", RUN)
+    assert night.say(f"sh -c '{limit}'") == f"{budget_s + 900}\n"
+
+
 def test_a_run_that_hangs_is_ended(night):
-    assert "sleep 1200" in RUN
     lines = night.run("hang")
     assert re.fullmatch(r"exit status: 143", lines[-1])  # 128 + SIGTERM
     night.record()
@@ -285,7 +297,7 @@ def test_a_run_that_hangs_is_ended(night):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="asks Linux")
 @pytest.mark.skipif(not shutil.which("pkill"), reason="without it one process stays")
 def test_a_run_leaves_no_process_behind(night, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "RUN", RUN.replace("sleep 1200", "sleep 60000"))
+    monkeypatch.setattr(sys.modules[__name__], "RUN", re.sub(LIMIT, "60000", RUN))
     night.run()
     mine = b"CALLS=" + os.fsencode(night.calls_file)
 
