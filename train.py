@@ -321,7 +321,7 @@ def choose_attention(config: "GPTConfig", platform: Platform) -> tuple[Attend, s
         try:
             attend = make(config, platform.device)
             trial = attention_trial(attend, config, platform)
-            fastest_s[make.__name__] = trial()
+            fastest_s[make.__name__] = min(trial() for _ in range(3))
         except Exception as failure:
             print(f"attention: not {make.__name__}: {first_line(failure)}")
             continue
@@ -330,11 +330,10 @@ def choose_attention(config: "GPTConfig", platform: Platform) -> tuple[Attend, s
             break
     if not tried:
         return written_out(config, platform.device), "written_out"
-    ends_s, rounds = time.perf_counter() + TRIAL_S, 0
-    while rounds < 3 or time.perf_counter() < ends_s:
+    ends_s = time.perf_counter() + TRIAL_S
+    while len(tried) > 1 and time.perf_counter() < ends_s:
         for name, (_, trial) in tried.items():
             fastest_s[name] = min(fastest_s[name], trial())
-        rounds += 1
     first, name = next(iter(tried)), min(fastest_s, key=fastest_s.get)
     name = name if fastest_s[name] < 0.8 * fastest_s[first] else first
     times = ", ".join(f"{other} {seconds * 1e3:.1f} ms" for other, seconds in fastest_s.items())
