@@ -10,7 +10,6 @@ its first T, the targets its last T. BOS, which no text gives, starts every docu
 
 import argparse
 import base64
-import errno
 import gzip
 import hashlib
 import importlib.metadata
@@ -100,7 +99,6 @@ def alone_in(directory: Path):
 
 # --- Data sets -------------------------------------------------------------------
 
-DEFAULT_SHARDS = 10  # training files, of a data set of many
 VALIDATION_SHARE = 0.1  # of local documents, chosen by the hash of their text
 SHARD_BYTES = 256 << 20  # local files are gathered into shards of about this size
 PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
@@ -111,23 +109,14 @@ NOTES: dict[str, set[Path]] = defaultdict(set)  # what was skipped or replaced, 
 Reader = Callable[[], Iterator[str]]  # gives some documents, anew at each call
 
 
-class HubFiles(NamedTuple):
-    """Parquet files with a `text` column, in a data set repository of the Hugging Face hub."""
-
-    repository: str
-    train_files: list[str]
-    validation_file: str
-    train_rows: tuple[int, int | None] = (0, None)  # from, to
-    validation_rows: tuple[int, int | None] = (0, None)
-
-
+# Parquet files with a column `text` on the Hugging Face hub: repository, files to train on (10 if
+# no other number is asked for), file to validate on, and of either the rows from … to.
 CLIMBMIX = [f"shard_{n:05d}.parquet" for n in range(6543)]
-STORIES = "tinystories_gpt4_clean.parquet"
+STORIES_REPOSITORY, STORIES = "karpathy/tinystories-gpt4-clean", "tinystories_gpt4_clean.parquet"
+ALL = (0, None)
 HUB = {
-    "climbmix": HubFiles("karpathy/climbmix-400b-shuffle", CLIMBMIX[:-1], CLIMBMIX[-1]),
-    "tinystories": HubFiles(
-        "karpathy/tinystories-gpt4-clean", [STORIES], STORIES, (20_000, None), (10_000, 20_000)
-    ),
+    "climbmix": ("karpathy/climbmix-400b-shuffle", CLIMBMIX[:-1], CLIMBMIX[-1], ALL, ALL),
+    "tinystories": (STORIES_REPOSITORY, [STORIES], STORIES, (20_000, None), (10_000, 20_000)),
 }
 
 
@@ -151,23 +140,31 @@ def find_documents(num_shards: int | None, workers: int) -> tuple[dict[str, Read
     """Parts to train on, what to validate on, and what changes with the text; downloads it."""
     if DATASET in HUB:
         repository, train_files, validation_file, train_rows, validation_rows = HUB[DATASET]
-        raw, names = dataset_directory() / "raw", train_files[: num_shards or DEFAULT_SHARDS]
+        raw, names = dataset_directory() / "raw", train_files[: num_shards or 10]
         download(repository, list(dict.fromkeys([validation_file, *names])), raw, workers)
         train = {Path(name).stem: partial(parquet_texts, raw / name, *train_rows) for name in names}
         validation = partial(parquet_texts, raw / validation_file, *validation_rows)
         return train, validation, [[name, size_of(raw / name)] for name in names]
     if DATASET == "pysource":
-        return local_documents(pysource_files(), [PYSOURCE_SKIPS], least_chars=200)
-    root = own_path()
-    paths = sorted(path for path in [root, *root.rglob("*")] if path.is_file())
-    files = [p for p in paths if not any(s[0] == "." for s in p.relative_to(root).parts)]
-    if not files:
-        names = ", ".join([*HUB, "pysource"])
-        raise ValueError(
-            f'DATASET = "{DATASET}" in prepare.py is none of {names}; no file in {root}'
-        )
-    states = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return local_documents(files, states, least_chars=MAX_SEQ_LEN)
+        files, signature, least_chars = pysource_files(), [*PYSOURCE_SKIPS], 200
+    else:
+        files, least_chars = own_files(), MAX_SEQ_LEN
+        signature = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+    def documents(files: list[Path], validation: bool) -> Iterator[str]:
+        for text in chain.from_iterable(file_texts(file, least_chars) for file in files):
+            # By its text alone: new files move no document from one split to the other.
+            number = int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16)
+            if text.strip() and (number < VALIDATION_SHARE * 2**64) == validation:
+                yield text
+
+    parts, num_bytes = defaultdict(list), 0
+    for file in files:
+        parts[str(num_bytes // SHARD_BYTES)].append(file)
+        num_bytes += size_of(file)
+    train = {name: partial(documents, part, False) for name, part in parts.items()}
+    key = [least_chars, SHARD_BYTES, VALIDATION_SHARE, *signature]
+    return train, partial(documents, files, True), key
 
 
 def pysource_files() -> list[Path]:
@@ -180,22 +177,13 @@ def pysource_files() -> list[Path]:
     ]
 
 
-def local_documents(files: list[Path], signature: list, least_chars: int) -> tuple:
-    """As `find_documents`; by the hash of their text alone, so that new files move none."""
-
-    def documents(files: list[Path], validation: bool) -> Iterator[str]:
-        for text in chain.from_iterable(file_texts(path, least_chars) for path in files):
-            number = int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16)
-            if text.strip() and (number < VALIDATION_SHARE * 2**64) == validation:
-                yield text
-
-    parts, num_bytes = defaultdict(list), 0
-    for path in files:
-        parts[str(num_bytes // SHARD_BYTES)].append(path)
-        num_bytes += size_of(path)
-    train = {name: partial(documents, part, False) for name, part in parts.items()}
-    signature = [least_chars, SHARD_BYTES, VALIDATION_SHARE, *signature]
-    return train, partial(documents, files, True), signature
+def own_files() -> list[Path]:
+    root, names = own_path(), ", ".join([*HUB, "pysource"])
+    paths = sorted(path for path in [root, *root.rglob("*")] if path.is_file())
+    files = [p for p in paths if not any(s[0] == "." for s in p.relative_to(root).parts)]
+    if not files:
+        raise ValueError(f'DATASET = "{DATASET}" in prepare.py: not {names}, no file in {root}')
+    return files
 
 
 def is_parquet(path: Path) -> bool:
@@ -574,10 +562,8 @@ def make_tokenizer(train: Iterable[Reader], folder: Path) -> Tokenizer:
 
 
 def too_little(found: str) -> ValueError:
-    constants = f"VOCAB_SIZE = {VOCAB_SIZE} and MAX_SEQ_LEN = {MAX_SEQ_LEN} in prepare.py"
-    return ValueError(
-        f'DATASET = "{DATASET}" has too little text: {found}; bring more, or lower {constants}'
-    )
+    remedy = f"bring more, or lower VOCAB_SIZE = {VOCAB_SIZE} or MAX_SEQ_LEN = {MAX_SEQ_LEN}"
+    return ValueError(f'DATASET = "{DATASET}" has too little text: {found}; {remedy} in prepare.py')
 
 
 def tokenize(read: Reader, tokenizer: Tokenizer, path: Path) -> Path:
@@ -643,8 +629,7 @@ BUFFER_DOCUMENTS = 1000  # among which the packing chooses
 LEAST_ROWS = 16  # of validation text: fewer would measure nothing
 BATCHES_AHEAD = 2
 
-# Where its BOS stands or, in what goes on, the token before it, whose place BOS takes · its tokens
-# with BOS.
+# The place of its BOS, or of the token whose place BOS takes · its length with BOS.
 Piece = tuple[int, int]
 
 
@@ -775,9 +760,8 @@ def make_dataloader(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     """Endless batches of inputs (B, T) int64, targets (B, T) int64 and the epoch, from 1 on.
 
-    `split` is "train" or "val"; for "val", T must be MAX_SEQ_LEN. Batches are fresh memory on
-    `device` (default: the GPU if there is one), made ahead in a thread, the first ones at once;
-    their order is the same in every run. Raises ValueError for other arguments.
+    `split` is "train" or, for T = MAX_SEQ_LEN, "val". Batches are fresh memory on `device`
+    (default: the GPU if there is one), made ahead in a thread, in the same order in every run.
     """
     if split not in ("train", "val") or (split == "val" and T != MAX_SEQ_LEN):
         raise ValueError(
@@ -877,9 +861,9 @@ def checked_losses(model: torch.nn.Module, rows: np.ndarray, B: int, V: int) -> 
     refuse_where(~losses.isfinite(), "logits that are not finite", numbers)
     secret = np.random.default_rng()  # seeded by the system: no model can foresee it
     for n in range(max(2, batches // BATCHES_PER_PROBE)):
-        # Rows at their places in a batch, each with other tokens from a cut of its own on: a look
-        # ahead shows before it. First those of the first batch, one left whole, in which a look at
-        # other rows shows; then rows of any batch.
+        # Rows, at their places in a batch, with other tokens from a cut on: a look ahead shows
+        # before it. First those of the first batch, one left whole: a look at other rows shows
+        # there. Then those of any batch.
         picks = secret.integers(batches if n else 1, size=B) * B + np.arange(B)
         cut_B1 = secret.integers(1, T, (B, 1))
         cut_B1[secret.integers(B)] += T * (n == 0)
@@ -929,16 +913,15 @@ def say(line: str) -> None:
 
 def explain(failure: Exception) -> str:
     """One paragraph for a person: what failed and what to do."""
-    places = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-    if getattr(failure, "errno", None) in (*places, errno.ENOTDIR, errno.EEXIST):
-        return f"{failure}: free some space or set AUTORESEARCH_CACHE to a folder that you may use"
-    return str(failure)
+    if getattr(failure, "errno", None) is None:  # the network's have none either
+        return str(failure)
+    remedy = "free some space or set AUTORESEARCH_CACHE to a folder that you may use"
+    return f"{failure}: mend this, {remedy}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prepare the data set that DATASET names.")
-    many = f"training files, of a data set of many (default: as before; at first {DEFAULT_SHARDS})"
-    parser.add_argument("--num-shards", type=int, help=many)
+    parser.add_argument("--num-shards", type=int, help="training files (default: as before, or 10)")
     parser.add_argument("--download-workers", type=int, default=8, help="parallel downloads")
     arguments = parser.parse_args()
     if min(arguments.num_shards or 1, arguments.download_workers) < 1:

@@ -82,27 +82,27 @@ def unchecked_bpb(model, prepared, batch_size: int = 8) -> float:
     return nats / math.log(2) / num_bytes
 
 
-class Uniform(torch.nn.Module):
-    """Knows nothing, honestly. What a cheat gets to know, it mixes in by half."""
+PLACE_T = torch.arange(T)
 
-    def __init__(self):
+
+class Uniform(torch.nn.Module):
+    """Knows nothing, honestly. What a cheat gets to know, from a `look`, it mixes in by half."""
+
+    def __init__(self, look=None):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(V))
-        self.calls = 0
+        self.look = look
+        self.calls = self.rows = 0
 
     def forward(self, idx):
         self.calls += 1
+        self.rows += len(idx)
         known_BTV = self.known(F.one_hot(idx, V).float(), idx)
         return torch.log(0.5 * known_BTV + 0.5 * self.weight.softmax(-1)).expand(*idx.shape, V)
 
     def known(self, seen_BTV, idx):
         """Probabilities, from the tokens as one-hot vectors and as numbers."""
-        return torch.full((V,), 1 / V)
-
-
-def next_token(seen_BTV):
-    """What comes next, for all but the last position."""
-    return torch.cat([seen_BTV[:, 1:], torch.full_like(seen_BTV[:, :1], 1 / V)], dim=1)
+        return self.look(seen_BTV, idx) if self.look else torch.full((V,), 1 / V)
 
 
 def counted(counts_V):
@@ -112,88 +112,68 @@ def counted(counts_V):
 # Looking ahead, or at other rows
 
 
-class MeanOverTime(Uniform):
-    def known(self, seen_BTV, idx):
-        return seen_BTV.mean(1, keepdim=True)
+def alone_at(positions_T, guess_BTV):
+    """Only there, and nothing elsewhere."""
+    return torch.where(positions_T[:, None], guess_BTV, 1 / V)
 
 
-class AttentionWithoutMask(Uniform):
-    def known(self, seen_BTV, idx):
-        place_T = torch.arange(idx.size(1))
-        scores_TT = -2.0 * (place_T[None] - place_T[:, None] - 1).abs()
-        return scores_TT.softmax(-1) @ seen_BTV
+def mean_over_time(seen_BTV, idx):
+    return seen_BTV.mean(1, keepdim=True)
 
 
-class WindowOffByOne(Uniform):
-    def known(self, seen_BTV, idx):
-        distance_TT = torch.arange(idx.size(1))[:, None] - torch.arange(idx.size(1))
-        window_TT = ((distance_TT >= -1) & (distance_TT <= 3)).float()
-        return window_TT / window_TT.sum(-1, keepdim=True) @ seen_BTV
+def attention_without_mask(seen_BTV, idx):
+    scores_TT = -2.0 * (PLACE_T[None] - PLACE_T[:, None] - 1).abs()
+    return scores_TT.softmax(-1) @ seen_BTV
 
 
-class ConvolutionPaddedOnTheWrongSide(Uniform):
-    def known(self, seen_BTV, idx):
-        kernel = torch.tensor([0.2, 0.3, 0.5]).expand(V, 1, 3)
-        summed_BVT = F.conv1d(F.pad(seen_BTV.mT, (1, 1)), kernel, groups=V)
-        return summed_BVT.mT
+def window_off_by_one(seen_BTV, idx):
+    distance_TT = PLACE_T[:, None] - PLACE_T
+    window_TT = ((distance_TT >= -1) & (distance_TT <= 3)).float()
+    return window_TT / window_TT.sum(-1, keepdim=True) @ seen_BTV
 
 
-class Backwards(Uniform):
+def convolution_padded_on_the_wrong_side(seen_BTV, idx):
+    kernel = torch.tensor([0.2, 0.3, 0.5]).expand(V, 1, 3)
+    return F.conv1d(F.pad(seen_BTV.mT, (1, 1)), kernel, groups=V).mT
+
+
+def backwards(seen_BTV, idx):
     """A recurrence that runs from the last token to the first."""
-
-    def known(self, seen_BTV, idx):
-        state, states = torch.full_like(seen_BTV[:, 0], 1 / V), []
-        for t in reversed(range(idx.size(1))):
-            states.append(state)
-            state = 0.5 * state + 0.5 * seen_BTV[:, t]
-        return torch.stack(states[::-1], dim=1)
+    state, states = torch.full_like(seen_BTV[:, 0], 1 / V), []
+    for t in reversed(range(T)):
+        states.append(state)
+        state = 0.5 * state + 0.5 * seen_BTV[:, t]
+    return torch.stack(states[::-1], dim=1)
 
 
-class LooksFarAhead(Uniform):
+def far_ahead(seen_BTV, idx):
     """At the last tokens of a row alone."""
-
-    def known(self, seen_BTV, idx):
-        return seen_BTV[:, -4:].mean(1, keepdim=True)
+    return seen_BTV[:, -4:].mean(1, keepdim=True)
 
 
-class BatchStatistics(Uniform):
-    def known(self, seen_BTV, idx):
-        return seen_BTV.mean((0, 1))
+def batch_statistics(seen_BTV, idx):
+    return seen_BTV.mean((0, 1))
 
 
-class OtherRowsSoFar(Uniform):
+def other_rows_so_far(seen_BTV, idx):
     """The tokens of the whole batch up to the same position: nothing of the row's own future."""
-
-    def known(self, seen_BTV, idx):
-        return counted(seen_BTV.cumsum(1).sum(0))
+    return counted(seen_BTV.cumsum(1).sum(0))
 
 
-class RowAbove(Uniform):
-    """All tokens of one other row."""
+def row_above(seen_BTV, idx):
+    return counted(seen_BTV.sum(1, keepdim=True)).roll(1, 0)
 
-    def known(self, seen_BTV, idx):
-        return counted(seen_BTV.sum(1, keepdim=True)).roll(1, 0)
+
+LOOKS = [mean_over_time, attention_without_mask, window_off_by_one, far_ahead, backwards]
+LOOKS += [convolution_padded_on_the_wrong_side, batch_statistics, other_rows_so_far, row_above]
 
 
 @pytest.mark.parametrize("batch_size", [2, 100])
-@pytest.mark.parametrize(
-    "cheat",
-    [
-        MeanOverTime,
-        AttentionWithoutMask,
-        WindowOffByOne,
-        ConvolutionPaddedOnTheWrongSide,
-        Backwards,
-        LooksFarAhead,
-        BatchStatistics,
-        OtherRowsSoFar,
-        RowAbove,
-    ],
-)
-def test_model_that_sees_the_future_or_other_rows_is_refused(cheat, batch_size, small):
-    assert unchecked_bpb(cheat(), small, batch_size) < unchecked_bpb(Uniform(), small)
+@pytest.mark.parametrize("look", LOOKS)
+def test_model_that_sees_the_future_or_other_rows_is_refused(look, batch_size, small):
+    assert unchecked_bpb(Uniform(look), small, batch_size) < unchecked_bpb(Uniform(), small)
     with pytest.raises(prepare.Refused, match=LOOKS_AHEAD):
-        score(cheat(), batch_size)
+        score(Uniform(look), batch_size)
 
 
 def test_look_ahead_is_refused_with_one_row_at_a_time_whatever_the_secret(small, monkeypatch):
@@ -201,57 +181,20 @@ def test_look_ahead_is_refused_with_one_row_at_a_time_whatever_the_secret(small,
         monkeypatch.setattr(
             np.random, "default_rng", lambda n=seed: np.random.Generator(np.random.PCG64(n))
         )
-        for cheat in (MeanOverTime, AttentionWithoutMask, WindowOffByOne):
+        for look in LOOKS[:3]:
             with pytest.raises(prepare.Refused, match=LOOKS_AHEAD):
-                score(cheat(), 1)
+                score(Uniform(look), 1)
 
 
 @pytest.mark.parametrize("batch_size", [2, 100])
 def test_look_at_other_rows_at_the_last_position_alone_is_refused(batch_size, small):
-    class ChecksumOfRowAbove(Uniform):
-        def known(self, seen_BTV, idx):
-            generator = torch.Generator().manual_seed(0)
-            guesses_VV = torch.rand(V, V, generator=generator).softmax(-1)
-            guess_B1V = guesses_VV[idx.sum(1, keepdim=True).roll(1, 0) % V]
-            return torch.where((torch.arange(T) == T - 1)[:, None], guess_B1V, 1 / V)
+    guesses_VV = torch.rand(V, V, generator=torch.Generator().manual_seed(0)).softmax(-1)
+
+    def checksum_of_row_above(seen_BTV, idx):
+        return alone_at(PLACE_T == T - 1, guesses_VV[idx.sum(1, keepdim=True).roll(1, 0) % V])
 
     with pytest.raises(prepare.Refused, match=LOOKS_AHEAD):
-        score(ChecksumOfRowAbove(), batch_size)
-
-
-def test_the_row_that_looks_ahead_is_named(small, monkeypatch):
-    rows = small.rows().astype(np.int64)
-    marked = torch.from_numpy(rows[20, :3])
-    assert (rows[:, :3] == rows[20, :3]).all(1).sum() == 1
-
-    class InOneRow(WindowOffByOne):
-        def known(self, seen_BTV, idx):
-            here_B11 = (idx[:, :3] == marked).all(1)[:, None, None]
-            return torch.where(here_B11, super().known(seen_BTV, idx), 1 / V)
-
-    refusals, fresh = [], np.random.Generator
-    for seed in range(12):
-        monkeypatch.setattr(np.random, "default_rng", lambda n=seed: fresh(np.random.PCG64(n)))
-        try:
-            score(InOneRow())
-        except prepare.Refused as refusal:
-            refusals.append(str(refusal))
-    assert refusals and all("row 20, position" in refusal for refusal in refusals)
-
-
-def test_batch_norm_that_stays_in_training_mode_is_refused(small):
-    class Normalised(Uniform):
-        def __init__(self):
-            super().__init__()
-            self.table = torch.nn.Embedding(V, V)
-            self.norm = torch.nn.BatchNorm1d(V)
-            self.train = lambda mode=True: self
-
-        def forward(self, idx):
-            return self.norm(self.table(idx).mT).mT
-
-    with pytest.raises(prepare.Refused, match=LOOKS_AHEAD):
-        score(Normalised())
+        score(Uniform(checksum_of_row_above), batch_size)
 
 
 def test_where_the_checks_look_is_drawn_from_the_systems_entropy(small, monkeypatch):
@@ -277,8 +220,7 @@ class Cache(Uniform):
 
 class CacheAtTheLastPosition(Cache):
     def known(self, seen_BTV, idx):
-        last_T1 = (torch.arange(T) == T - 1)[:, None]
-        return torch.where(last_T1, super().known(seen_BTV, idx), 1 / V)
+        return alone_at(PLACE_T == T - 1, super().known(seen_BTV, idx))
 
 
 class NGramTable(Uniform):
@@ -392,52 +334,55 @@ def test_model_that_changes_itself_is_refused_even_if_no_loss_shows_it(change, s
 # Knowing that one is being checked
 
 
-class HonestAtFirst(WindowOffByOne):
-    def forward(self, idx):
-        return super().forward(idx) if self.calls else Uniform.forward(self, idx)
+class Sometimes(Uniform):
+    """Looks ahead in those calls alone in which it is safe to."""
 
-
-class CheatsOnEverySecondBatch(WindowOffByOne):
     def known(self, seen_BTV, idx):
-        return (
-            super().known(seen_BTV, idx) if self.calls % 2 else Uniform.known(self, seen_BTV, idx)
-        )
+        safe = self.safe(idx)
+        return torch.where(safe, window_off_by_one(seen_BTV, idx), torch.full((V,), 1 / V))
 
 
-class HonestOnceAllIsScored(WindowOffByOne):
+class HonestAtFirst(Sometimes):
+    def safe(self, idx):
+        return torch.tensor(self.calls > 1)
+
+
+class CheatsOnEverySecondBatch(Sometimes):
+    def safe(self, idx):
+        return torch.tensor(self.calls % 2 == 1)
+
+
+class HonestOnceAllIsScored(Sometimes):
     """Cheats on every second batch, and no longer after the last."""
 
-    def known(self, seen_BTV, idx):
-        self.rows = getattr(self, "rows", 0) + len(idx)
-        cheats = self.calls % 2 == 0 and self.rows <= 32
-        return super().known(seen_BTV, idx) if cheats else Uniform.known(self, seen_BTV, idx)
+    def safe(self, idx):
+        return torch.tensor(self.calls % 2 == 0 and self.rows <= 32)
 
 
-class NotANumberWhenChecked(WindowOffByOne):
+class HonestToNoise(Sometimes):
+    """Looks ahead only where the row reads like text: special tokens stand in no text."""
+
+    def safe(self, idx):
+        return (idx <= V - 4).all(1)[:, None, None]
+
+
+class NotANumberWhenChecked(Uniform):
     """NaN is neither above nor below a tolerance."""
 
     def forward(self, idx):
-        self.rows = getattr(self, "rows", 0) + len(idx)
         return super().forward(idx) + (0 if self.rows <= 32 else math.nan)
+
+    known = staticmethod(window_off_by_one)
 
 
 class ForgetsAtTheEnd(Cache):
     """Is at the end what it was for the first batch."""
 
     def known(self, seen_BTV, idx):
-        self.rows = getattr(self, "rows", 0) + len(idx)
         known_V = super().known(seen_BTV, idx)
         if self.rows >= 32:
             self.counts_V = torch.zeros(V)
         return known_V
-
-
-class HonestToNoise(WindowOffByOne):
-    """Looks ahead only where the row reads like text: special tokens stand in no text."""
-
-    def known(self, seen_BTV, idx):
-        odd_B11 = (idx > V - 4).any(1)[:, None, None]
-        return torch.where(odd_B11, 1 / V, super().known(seen_BTV, idx))
 
 
 @pytest.mark.parametrize(
@@ -458,12 +403,8 @@ def test_model_that_behaves_while_it_is_checked_is_refused(cheat, small):
 
 
 def test_model_that_is_not_the_same_twice_is_refused(small):
-    class Noisy(Uniform):
-        def known(self, seen_BTV, idx):
-            return torch.rand(V).softmax(-1)
-
     with pytest.raises(prepare.Refused, match=REMEMBERS):
-        score(Noisy())
+        score(Uniform(lambda seen_BTV, idx: torch.rand(V).softmax(-1)))
 
 
 # Logits of another kind

@@ -15,6 +15,7 @@ import pytest
 import regex
 import torch
 import torch.nn.functional as F
+from test_rows import slow_rows
 
 import prepare
 
@@ -53,24 +54,6 @@ def encode_by_hand(text: str, numbers: dict[bytes, int]) -> list[int]:
     return encoded
 
 
-def rows_by_hand(documents: list[list[int]], row_tokens: int, wanted: int) -> list[list[int]]:
-    """The longest of at most 1000 that fits, else the shortest, cut; the first of equal ones."""
-    arriving, waiting, rows = list(documents), [], []
-    while len(rows) < wanted:
-        row = []
-        while len(row) < row_tokens:
-            while arriving and len(waiting) < 1000:
-                waiting.append(arriving.pop(0))
-            if not waiting:
-                return rows
-            fitting = [d for d in waiting if len(d) <= row_tokens - len(row)]
-            chosen = max(fitting, key=len) if fitting else min(waiting, key=len)
-            at = next(i for i, document in enumerate(waiting) if document is chosen)
-            row += waiting.pop(at)[: row_tokens - len(row)]
-        rows.append(row)
-    return rows
-
-
 def validation_by_hand(folder, prepared) -> list[list[int]]:
     """Rows from the text files: those whose text's hash falls into the lowest tenth."""
     numbers = tokens_by_hand(prepared)
@@ -80,9 +63,9 @@ def validation_by_hand(folder, prepared) -> list[list[int]]:
         digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         if int(digest, 16) < 2**64 / 10:
             documents.append([len(numbers), *encode_by_hand(text, numbers)])
-    return rows_by_hand(
-        documents, prepare.MAX_SEQ_LEN + 1, prepare.EVAL_TOKENS // prepare.MAX_SEQ_LEN
-    )
+    rows = slow_rows([len(document) for document in documents], prepare.MAX_SEQ_LEN + 1)
+    rows = [[token for n, taken in row for token in documents[n][:taken]] for row in rows]
+    return rows[: prepare.EVAL_TOKENS // prepare.MAX_SEQ_LEN]
 
 
 @torch.no_grad()
