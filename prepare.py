@@ -554,9 +554,7 @@ def make_tokenizer(train: Iterable[Reader], folder: Path) -> Tokenizer:
     tokenizer = Tokenizer.train(texts(), VOCAB_SIZE)
     least, learned = max(100 * VOCAB_SIZE, 400 * MAX_SEQ_LEN), tokenizer.get_vocab_size()
     if chars < least or learned < VOCAB_SIZE:
-        raise too_little(
-            f"{chars:,} characters, {learned} tokens; {least:,} varied ones are needed"
-        )
+        raise too_little(f"{chars:,} characters, {learned} tokens; it takes {least:,} varied ones")
     tokenizer.save(folder)
     return tokenizer
 
@@ -764,9 +762,7 @@ def make_dataloader(
     (default: the GPU if there is one), made ahead in a thread, in the same order in every run.
     """
     if split not in ("train", "val") or (split == "val" and T != MAX_SEQ_LEN):
-        raise ValueError(
-            f'{split}, {T}: only "train", or "val" with T = MAX_SEQ_LEN = {MAX_SEQ_LEN}'
-        )
+        raise ValueError(f'"{split}", {T}: not "train", nor "val" with T = {MAX_SEQ_LEN}')
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     prepared, cuda = open_prepared(), device.type == "cuda"
     if split == "train":

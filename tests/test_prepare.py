@@ -236,9 +236,9 @@ def test_too_little_text_names_the_least_amount(own_text, monkeypatch, text):
     own_text.mkdir()
     (own_text / "little.txt").write_text(text)
     # 100 characters a token of the vocabulary, or 400 a token of a row.
-    assert "40,000 varied ones are needed" in error_of_command(monkeypatch)
+    assert "it takes 40,000 varied ones" in error_of_command(monkeypatch)
     monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 200)
-    assert "80,000 varied ones are needed" in error_of_command(monkeypatch)
+    assert "it takes 80,000 varied ones" in error_of_command(monkeypatch)
     assert files_in(prepare.dataset_directory()) == {}
 
 
