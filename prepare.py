@@ -354,8 +354,7 @@ def flash_attention_3(fetch: bool = False) -> Path:
     """
     from kernels import install_kernel
 
-    repository = "kernels-community/flash-attn3"
-    return install_kernel(repository, revision="v1", local_files_only=not fetch)
+    return install_kernel("kernels-community/flash-attn3", revision="v1", local_files_only=not fetch)
 
 
 def fetch_flash_attention() -> None:
@@ -826,7 +825,7 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
             module.training = mode
     lengths_NT = lengths_V.astype(np.int32)[rows[:, 1:]]  # special tokens: 0, in neither sum
     nats, num_bytes = losses[lengths_NT > 0].sum(dtype=float), lengths_NT.sum()
-    return float(nats / (math.log(2) * num_bytes))
+    return float(nats) / (math.log(2) * int(num_bytes))
 
 
 def read_unaltered(prepared: Prepared, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:

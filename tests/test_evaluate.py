@@ -7,7 +7,6 @@ it splits, encodes, packs and scores by the definitions in its own words.
 import base64
 import hashlib
 import itertools
-import json
 import math
 
 import numpy as np
@@ -117,30 +116,6 @@ def score(model, batch_size: int = 8) -> float:
     return prepare.evaluate_bpb(model, prepare.Tokenizer.from_directory(), batch_size)
 
 
-def by_hand(monkeypatch, tmp_path, tokens: list[bytes], rows: list[list[int]]) -> None:
-    """Lay out, as if prepared, these 257 or more tokens and rows of any kind."""
-    monkeypatch.setattr(prepare, "DATASET", str(tmp_path))
-    monkeypatch.setattr(prepare, "VOCAB_SIZE", len(tokens) + 4)
-    monkeypatch.setattr(prepare, "MAX_SEQ_LEN", len(rows[0]) - 1)
-    folder = prepare.manifest_path().parent / "by-hand"
-    folder.mkdir(parents=True)
-    lines = [b"%s %d\n" % (base64.b64encode(token), n) for n, token in enumerate(tokens)]
-    contents = {
-        "tokenizer.tiktoken": b"".join(lines),
-        "rows.bin": np.array(rows, np.uint16).tobytes(),
-    }
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    manifest = {
-        "tokens_in": "by-hand",
-        "train": [],
-        "rows": "rows.bin",
-        "bytes": {name: len(content) for name, content in contents.items()},
-        "sha256": {name: hashlib.sha256(c).hexdigest() for name, c in contents.items()},
-    }
-    prepare.manifest_path().write_text(json.dumps(manifest))
-
-
 # Laws
 
 
@@ -177,26 +152,6 @@ def test_bpb_equals_a_slow_float64_evaluation_to_the_byte(odd, tmp_path):
         expected = slow_bpb(model, rows, numbers)
         for batch_size in (1, 7, 64, 100):
             assert score(model, batch_size) == pytest.approx(expected, rel=1e-6), batch_size
-
-
-def test_bpb_is_what_it_is_by_hand(monkeypatch, tmp_path):
-    # V = 261: the 256 bytes, 你 as number 256, and 4 special ones from BOS = 257 on.
-    bos, a, you, f0 = 257, 97, 256, 0xF0
-    rows = [[bos, a, you], [bos, f0, bos], [bos, a, you]]
-    by_hand(monkeypatch, tmp_path, [bytes([n]) for n in range(256)] + ["你".encode()], rows)
-    probs_VV = torch.full((261, 261), 1 / 261)
-    # After BOS: a half, the byte F0 an eighth, the rest shares what is left. After a: 你 a quarter.
-    probs_VV[bos] = 3 / 8 / 259
-    probs_VV[bos, a], probs_VV[bos, f0] = 1 / 2, 1 / 8
-    probs_VV[a] = 3 / 4 / 260
-    probs_VV[a, you] = 1 / 4
-    # Rows 0 and 2: 1 + 2 bits for 1 + 3 bytes. Row 1: 3 bits for 1 byte; BOS as a target is in
-    # neither sum, at any price. Half a character is one byte, not the three of U+FFFD.
-    probs_VV[f0, bos] = 1e-30
-    bpb = (3 + 3 + 3) / (4 + 1 + 4)
-    for batch_size in (1, 2, 3, 8):
-        assert score(Table(probs_VV.log()), batch_size) == pytest.approx(bpb, rel=1e-6)
-    assert score(Table(torch.zeros(261, 261))) == pytest.approx(math.log2(261) / (9 / 5), rel=1e-6)
 
 
 def test_losses_do_not_depend_on_how_many_logits_are_taken_at_once(small, monkeypatch):
