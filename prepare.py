@@ -354,7 +354,8 @@ def flash_attention_3(fetch: bool = False) -> Path:
     """
     from kernels import install_kernel
 
-    return install_kernel("kernels-community/flash-attn3", revision="v1", local_files_only=not fetch)
+    repository = "kernels-community/flash-attn3"
+    return install_kernel(repository, revision="v1", local_files_only=not fetch)
 
 
 def fetch_flash_attention() -> None:
