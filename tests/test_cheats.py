@@ -1,8 +1,12 @@
-"""Ways to a lower number without a better model: refused, or said here to be out of reach.
+"""Ways to a lower number without a better model: refused.
 
 Each cheat starts from a model that knows nothing, and would score better than that in a harness
 without checks (`unchecked_bpb`). The checks draw where they look from the system's entropy; here
 they draw from a fixed seed, so that every test gives the same answer each time.
+
+Out of reach of checks in the same process: a model that read the validation file, was trained on
+it, changes the harness, looks into its variables, answers the checks from memory, claims to be out
+of memory to see everything twice, or looks ahead at one position of one row; and a lucky seed.
 """
 
 import hashlib
@@ -10,7 +14,6 @@ import itertools
 import json
 import math
 import shutil
-import sys
 import types
 
 import numpy as np
@@ -58,7 +61,7 @@ def small(prepared_once, tmp_path, monkeypatch):
     shutil.copytree(cache, tmp_path / "cache")
     set_constants(monkeypatch, text)
     prepared = prepare.open_prepared()
-    assert prepared.directory.is_relative_to(tmp_path) and len(prepared.rows()) == 25
+    assert prepared.tokens.is_relative_to(tmp_path) and len(prepared.rows()) == 25
     return prepared
 
 
@@ -69,7 +72,7 @@ def score(model, batch_size: int = 8) -> float:
 @torch.no_grad()
 def unchecked_bpb(model, prepared, batch_size: int = 8) -> float:
     """What a harness would print that trusts the model."""
-    lengths_V = torch.from_numpy(prepare.Tokenizer.load(prepared.tokens).token_lengths())
+    lengths_V = torch.from_numpy(prepare.Tokenizer.from_directory().token_lengths())
     nats, num_bytes = 0.0, 0
     for batch in torch.from_numpy(prepared.rows().astype(np.int64)).split(batch_size):
         inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:]
@@ -79,27 +82,27 @@ def unchecked_bpb(model, prepared, batch_size: int = 8) -> float:
     return nats / math.log(2) / num_bytes
 
 
-class Uniform(torch.nn.Module):
-    """Knows nothing, honestly. What a cheat gets to know, it mixes in by half."""
+PLACE_T = torch.arange(T)
 
-    def __init__(self):
+
+class Uniform(torch.nn.Module):
+    """Knows nothing, honestly. What a cheat gets to know, from a `look`, it mixes in by half."""
+
+    def __init__(self, look=None):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(V))
-        self.calls = 0
+        self.look = look
+        self.calls = self.rows = 0
 
     def forward(self, idx):
         self.calls += 1
+        self.rows += len(idx)
         known_BTV = self.known(F.one_hot(idx, V).float(), idx)
         return torch.log(0.5 * known_BTV + 0.5 * self.weight.softmax(-1)).expand(*idx.shape, V)
 
     def known(self, seen_BTV, idx):
         """Probabilities, from the tokens as one-hot vectors and as numbers."""
-        return torch.full((V,), 1 / V)
-
-
-def next_token(seen_BTV):
-    """What comes next, for all but the last position."""
-    return torch.cat([seen_BTV[:, 1:], torch.full_like(seen_BTV[:, :1], 1 / V)], dim=1)
+        return self.look(seen_BTV, idx) if self.look else torch.full((V,), 1 / V)
 
 
 def counted(counts_V):
@@ -109,146 +112,89 @@ def counted(counts_V):
 # Looking ahead, or at other rows
 
 
-class MeanOverTime(Uniform):
-    def known(self, seen_BTV, idx):
-        return seen_BTV.mean(1, keepdim=True)
+def alone_at(positions_T, guess_BTV):
+    """Only there, and nothing elsewhere."""
+    return torch.where(positions_T[:, None], guess_BTV, 1 / V)
 
 
-class AttentionWithoutMask(Uniform):
-    def known(self, seen_BTV, idx):
-        place_T = torch.arange(idx.size(1))
-        scores_TT = -2.0 * (place_T[None] - place_T[:, None] - 1).abs()
-        return scores_TT.softmax(-1) @ seen_BTV
+def mean_over_time(seen_BTV, idx):
+    return seen_BTV.mean(1, keepdim=True)
 
 
-class WindowOffByOne(Uniform):
-    def known(self, seen_BTV, idx):
-        distance_TT = torch.arange(idx.size(1))[:, None] - torch.arange(idx.size(1))
-        window_TT = ((distance_TT >= -1) & (distance_TT <= 3)).float()
-        return window_TT / window_TT.sum(-1, keepdim=True) @ seen_BTV
+def attention_without_mask(seen_BTV, idx):
+    scores_TT = -2.0 * (PLACE_T[None] - PLACE_T[:, None] - 1).abs()
+    return scores_TT.softmax(-1) @ seen_BTV
 
 
-class ConvolutionPaddedOnTheWrongSide(Uniform):
-    def known(self, seen_BTV, idx):
-        kernel = torch.tensor([0.2, 0.3, 0.5]).expand(V, 1, 3)
-        summed_BVT = F.conv1d(F.pad(seen_BTV.mT, (1, 1)), kernel, groups=V)
-        return summed_BVT.mT
+def window_off_by_one(seen_BTV, idx):
+    distance_TT = PLACE_T[:, None] - PLACE_T
+    window_TT = ((distance_TT >= -1) & (distance_TT <= 3)).float()
+    return window_TT / window_TT.sum(-1, keepdim=True) @ seen_BTV
 
 
-class Backwards(Uniform):
+def convolution_padded_on_the_wrong_side(seen_BTV, idx):
+    kernel = torch.tensor([0.2, 0.3, 0.5]).expand(V, 1, 3)
+    return F.conv1d(F.pad(seen_BTV.mT, (1, 1)), kernel, groups=V).mT
+
+
+def backwards(seen_BTV, idx):
     """A recurrence that runs from the last token to the first."""
-
-    def known(self, seen_BTV, idx):
-        state, states = torch.full_like(seen_BTV[:, 0], 1 / V), []
-        for t in reversed(range(idx.size(1))):
-            states.append(state)
-            state = 0.5 * state + 0.5 * seen_BTV[:, t]
-        return torch.stack(states[::-1], dim=1)
+    state, states = torch.full_like(seen_BTV[:, 0], 1 / V), []
+    for t in reversed(range(T)):
+        states.append(state)
+        state = 0.5 * state + 0.5 * seen_BTV[:, t]
+    return torch.stack(states[::-1], dim=1)
 
 
-class LooksFarAhead(Uniform):
+def far_ahead(seen_BTV, idx):
     """At the last tokens of a row alone."""
-
-    def known(self, seen_BTV, idx):
-        return seen_BTV[:, -4:].mean(1, keepdim=True)
+    return seen_BTV[:, -4:].mean(1, keepdim=True)
 
 
-class BatchStatistics(Uniform):
-    def known(self, seen_BTV, idx):
-        return seen_BTV.mean((0, 1))
+def batch_statistics(seen_BTV, idx):
+    return seen_BTV.mean((0, 1))
 
 
-class OtherRowsSoFar(Uniform):
+def other_rows_so_far(seen_BTV, idx):
     """The tokens of the whole batch up to the same position: nothing of the row's own future."""
-
-    def known(self, seen_BTV, idx):
-        return counted(seen_BTV.cumsum(1).sum(0))
+    return counted(seen_BTV.cumsum(1).sum(0))
 
 
-class RowAbove(Uniform):
-    """All tokens of one other row."""
-
-    def known(self, seen_BTV, idx):
-        return counted(seen_BTV.sum(1, keepdim=True)).roll(1, 0)
+def row_above(seen_BTV, idx):
+    return counted(seen_BTV.sum(1, keepdim=True)).roll(1, 0)
 
 
-@pytest.mark.parametrize("batch_size", [2, 8, 100])
-@pytest.mark.parametrize(
-    "cheat",
-    [
-        MeanOverTime,
-        AttentionWithoutMask,
-        WindowOffByOne,
-        ConvolutionPaddedOnTheWrongSide,
-        Backwards,
-        LooksFarAhead,
-        BatchStatistics,
-        OtherRowsSoFar,
-        RowAbove,
-    ],
-)
-def test_model_that_sees_the_future_or_other_rows_is_refused(cheat, batch_size, small):
-    assert unchecked_bpb(cheat(), small, batch_size) < unchecked_bpb(Uniform(), small)
+LOOKS = [mean_over_time, attention_without_mask, window_off_by_one, far_ahead, backwards]
+LOOKS += [convolution_padded_on_the_wrong_side, batch_statistics, other_rows_so_far, row_above]
+
+
+@pytest.mark.parametrize("batch_size", [2, 100])
+@pytest.mark.parametrize("look", LOOKS)
+def test_model_that_sees_the_future_or_other_rows_is_refused(look, batch_size, small):
+    assert unchecked_bpb(Uniform(look), small, batch_size) < unchecked_bpb(Uniform(), small)
     with pytest.raises(prepare.Refused, match=LOOKS_AHEAD):
-        score(cheat(), batch_size)
+        score(Uniform(look), batch_size)
 
 
 def test_look_ahead_is_refused_with_one_row_at_a_time_whatever_the_secret(small, monkeypatch):
-    for seed in range(20):
+    for seed in range(8):
         monkeypatch.setattr(
             np.random, "default_rng", lambda n=seed: np.random.Generator(np.random.PCG64(n))
         )
-        for cheat in (MeanOverTime, AttentionWithoutMask, WindowOffByOne):
+        for look in LOOKS[:3]:
             with pytest.raises(prepare.Refused, match=LOOKS_AHEAD):
-                score(cheat(), 1)
+                score(Uniform(look), 1)
 
 
-@pytest.mark.parametrize("batch_size", [2, 8, 100])
+@pytest.mark.parametrize("batch_size", [2, 100])
 def test_look_at_other_rows_at_the_last_position_alone_is_refused(batch_size, small):
-    class ChecksumOfRowAbove(Uniform):
-        def known(self, seen_BTV, idx):
-            generator = torch.Generator().manual_seed(0)
-            guesses_VV = torch.rand(V, V, generator=generator).softmax(-1)
-            guess_B1V = guesses_VV[idx.sum(1, keepdim=True).roll(1, 0) % V]
-            return torch.where((torch.arange(T) == T - 1)[:, None], guess_B1V, 1 / V)
+    guesses_VV = torch.rand(V, V, generator=torch.Generator().manual_seed(0)).softmax(-1)
+
+    def checksum_of_row_above(seen_BTV, idx):
+        return alone_at(PLACE_T == T - 1, guesses_VV[idx.sum(1, keepdim=True).roll(1, 0) % V])
 
     with pytest.raises(prepare.Refused, match=LOOKS_AHEAD):
-        score(ChecksumOfRowAbove(), batch_size)
-
-
-def test_the_row_that_looks_ahead_is_named(small, monkeypatch):
-    rows = small.rows().astype(np.int64)
-    marked = torch.from_numpy(rows[20, :3])
-    assert (rows[:, :3] == rows[20, :3]).all(1).sum() == 1
-
-    class InOneRow(WindowOffByOne):
-        def known(self, seen_BTV, idx):
-            here_B11 = (idx[:, :3] == marked).all(1)[:, None, None]
-            return torch.where(here_B11, super().known(seen_BTV, idx), 1 / V)
-
-    refusals, fresh = [], np.random.Generator
-    for seed in range(12):
-        monkeypatch.setattr(np.random, "default_rng", lambda n=seed: fresh(np.random.PCG64(n)))
-        try:
-            score(InOneRow())
-        except prepare.Refused as refusal:
-            refusals.append(str(refusal))
-    assert refusals and all("row 20, position" in refusal for refusal in refusals)
-
-
-def test_batch_norm_that_stays_in_training_mode_is_refused(small):
-    class Normalised(Uniform):
-        def __init__(self):
-            super().__init__()
-            self.table = torch.nn.Embedding(V, V)
-            self.norm = torch.nn.BatchNorm1d(V)
-            self.train = lambda mode=True: self
-
-        def forward(self, idx):
-            return self.norm(self.table(idx).mT).mT
-
-    with pytest.raises(prepare.Refused, match=LOOKS_AHEAD):
-        score(Normalised())
+        score(Uniform(checksum_of_row_above), batch_size)
 
 
 def test_where_the_checks_look_is_drawn_from_the_systems_entropy(small, monkeypatch):
@@ -274,8 +220,7 @@ class Cache(Uniform):
 
 class CacheAtTheLastPosition(Cache):
     def known(self, seen_BTV, idx):
-        last_T1 = (torch.arange(T) == T - 1)[:, None]
-        return torch.where(last_T1, super().known(seen_BTV, idx), 1 / V)
+        return alone_at(PLACE_T == T - 1, super().known(seen_BTV, idx))
 
 
 class NGramTable(Uniform):
@@ -341,7 +286,7 @@ class PreviousBatch(Uniform):
         return before
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
+@pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize(
     "cheat",
     [
@@ -389,55 +334,57 @@ def test_model_that_changes_itself_is_refused_even_if_no_loss_shows_it(change, s
 # Knowing that one is being checked
 
 
-class HonestAtFirst(WindowOffByOne):
-    def forward(self, idx):
-        return super().forward(idx) if self.calls else Uniform.forward(self, idx)
+class Sometimes(Uniform):
+    """Looks ahead in those calls alone in which it is safe to."""
 
-
-class CheatsOnEverySecondBatch(WindowOffByOne):
     def known(self, seen_BTV, idx):
-        return (
-            super().known(seen_BTV, idx) if self.calls % 2 else Uniform.known(self, seen_BTV, idx)
-        )
+        safe = self.safe(idx)
+        return torch.where(safe, window_off_by_one(seen_BTV, idx), torch.full((V,), 1 / V))
 
 
-class HonestOnceAllIsScored(WindowOffByOne):
+class HonestAtFirst(Sometimes):
+    def safe(self, idx):
+        return torch.tensor(self.calls > 1)
+
+
+class CheatsOnEverySecondBatch(Sometimes):
+    def safe(self, idx):
+        return torch.tensor(self.calls % 2 == 1)
+
+
+class HonestOnceAllIsScored(Sometimes):
     """Cheats on every second batch, and no longer after the last."""
 
-    def known(self, seen_BTV, idx):
-        self.rows = getattr(self, "rows", 0) + len(idx)
-        cheats = self.calls % 2 == 0 and self.rows <= 32
-        return super().known(seen_BTV, idx) if cheats else Uniform.known(self, seen_BTV, idx)
+    def safe(self, idx):
+        return torch.tensor(self.calls % 2 == 0 and self.rows <= 32)
 
 
-class NotANumberWhenChecked(WindowOffByOne):
+class HonestToNoise(Sometimes):
+    """Looks ahead only where the row reads like text: special tokens stand in no text."""
+
+    def safe(self, idx):
+        return (idx <= V - 4).all(1)[:, None, None]
+
+
+class NotANumberWhenChecked(Uniform):
     """NaN is neither above nor below a tolerance."""
 
     def forward(self, idx):
-        self.rows = getattr(self, "rows", 0) + len(idx)
         return super().forward(idx) + (0 if self.rows <= 32 else math.nan)
+
+    known = staticmethod(window_off_by_one)
 
 
 class ForgetsAtTheEnd(Cache):
     """Is at the end what it was for the first batch."""
 
     def known(self, seen_BTV, idx):
-        self.rows = getattr(self, "rows", 0) + len(idx)
         known_V = super().known(seen_BTV, idx)
         if self.rows >= 32:
             self.counts_V = torch.zeros(V)
         return known_V
 
 
-class HonestToNoise(WindowOffByOne):
-    """Looks ahead only where the row reads like text: special tokens stand in no text."""
-
-    def known(self, seen_BTV, idx):
-        odd_B11 = (idx > V - 4).any(1)[:, None, None]
-        return torch.where(odd_B11, 1 / V, super().known(seen_BTV, idx))
-
-
-@pytest.mark.parametrize("batch_size", [4, 8])
 @pytest.mark.parametrize(
     "cheat",
     [
@@ -449,19 +396,15 @@ class HonestToNoise(WindowOffByOne):
         HonestToNoise,
     ],
 )
-def test_model_that_behaves_while_it_is_checked_is_refused(cheat, batch_size, small):
-    assert unchecked_bpb(cheat(), small, batch_size) < unchecked_bpb(Uniform(), small)
+def test_model_that_behaves_while_it_is_checked_is_refused(cheat, small):
+    assert unchecked_bpb(cheat(), small) < unchecked_bpb(Uniform(), small)
     with pytest.raises(prepare.Refused, match=f"{REMEMBERS}|{LOOKS_AHEAD}"):
-        score(cheat(), batch_size)
+        score(cheat())
 
 
 def test_model_that_is_not_the_same_twice_is_refused(small):
-    class Noisy(Uniform):
-        def known(self, seen_BTV, idx):
-            return torch.rand(V).softmax(-1)
-
     with pytest.raises(prepare.Refused, match=REMEMBERS):
-        score(Noisy())
+        score(Uniform(lambda seen_BTV, idx: torch.rand(V).softmax(-1)))
 
 
 # Logits of another kind
@@ -475,23 +418,15 @@ GOOD = torch.zeros(8, T, V)
 NOT_LOGITS = {
     "nothing": lambda idx: None,
     "a tuple": lambda idx: (GOOD, None),
-    "a list": lambda idx: [GOOD],
     "numpy": lambda idx: GOOD.numpy(),
-    "a number": lambda idx: 0.0,
     "a loss": lambda idx: torch.tensor(0.0),
     "losses": lambda idx: torch.zeros(8, T),
     "ints": lambda idx: GOOD.int(),
-    "bools": lambda idx: GOOD.bool(),
     "complex": lambda idx: GOOD.to(torch.complex64),
     "a subclass": lambda idx: GOOD.as_subclass(Sub),
-    "a parameter": lambda idx: torch.nn.Parameter(GOOD),
-    "a column too few": lambda idx: GOOD[..., 1:],
     "a column too many": lambda idx: torch.zeros(8, T, V + 1),
     "a row too few": lambda idx: GOOD[1:],
-    "a position too few": lambda idx: GOOD[:, 1:],
-    "one row for all": lambda idx: GOOD[:1],
     "flat": lambda idx: GOOD.flatten(0, 1),
-    "other axes": lambda idx: GOOD.mT,
     "one column": lambda idx: GOOD[..., :1],
 }
 
@@ -507,7 +442,7 @@ def test_anything_but_logits_is_refused_by_name(kind, small):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(("row", "position", "column"), [(0, 0, 0), (5, 3, 17), (24, 31, 399)])
+@pytest.mark.parametrize(("row", "position", "column"), [(0, 0, 0), (24, 31, 399)])
 def test_a_single_logit_that_is_not_finite_is_refused_by_its_place(
     value, row, position, column, small
 ):
@@ -520,7 +455,7 @@ def test_a_single_logit_that_is_not_finite_is_refused_by_its_place(
             logits[here_B, position, column] = value
             return logits
 
-    for batch_size in (1, 8, 100):
+    for batch_size in (1, 100):
         with pytest.raises(prepare.Refused, match=f"not finite: row {row}, position {position}$"):
             score(Spoiled(), batch_size)
 
@@ -581,7 +516,7 @@ def test_lengths_of_a_tokenizer_object_are_not_asked_for(small):
         def token_lengths(self):
             return 2 * super().token_lengths()
 
-    tokenizer = Longer.load(small.tokens)
+    tokenizer = Longer.from_directory()
     assert prepare.evaluate_bpb(Uniform(), tokenizer, 8) == score(Uniform())
 
 
@@ -596,7 +531,7 @@ def test_tokenizer_with_other_tokens_is_refused(small):
             prepare.evaluate_bpb(Uniform(), tokenizer, 8)
 
 
-@pytest.mark.parametrize("which", ["tokenizer.tiktoken", "tokenizer.json", "rows"])
+@pytest.mark.parametrize("which", ["tokenizer.tiktoken", "rows"])
 def test_altered_file_is_refused_and_the_remedy_in_the_message_works(which, small):
     expected, tokenizer = score(Uniform()), prepare.Tokenizer.from_directory()
     file = small.tokens / small.manifest.get(which, which)
@@ -623,102 +558,3 @@ def test_rows_altered_together_with_their_hash_are_another_benchmark(small):
     prepare.manifest_path().write_text(json.dumps(small.manifest))
     score(Uniform())
     assert prepare.benchmark_id(prepare.open_prepared()) != before
-
-
-# Out of reach of checks in the same process
-
-
-def test_cannot_catch_a_model_that_read_the_validation_file(small):
-    class Knows(Uniform):
-        def known(self, seen_BTV, idx):
-            rows = prepare.open_prepared().rows().astype(np.int64)
-            following = {tuple(row[:n]): row[n] for row in rows for n in range(1, T + 1)}
-            known = [
-                [following.get(tuple(row[: n + 1]), 0) for n in range(T)] for row in idx.tolist()
-            ]
-            return F.one_hot(torch.tensor(known), V)
-
-    assert score(Knows()) < 0.2 * score(Uniform())
-
-
-def test_cannot_catch_training_on_validation_rows(small):
-    batches = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 25, T, "val")
-    inputs, targets, _ = next(batches)
-    counts_VV = torch.zeros(V, V).index_put_((inputs, targets), torch.tensor(1.0), accumulate=True)
-    model = Uniform()
-    model.forward = lambda idx: torch.log(counts_VV + 0.01)[idx]
-    assert score(model) < 0.6 * score(Uniform())
-
-
-def test_cannot_catch_a_lucky_seed(small):
-    class Seeded(Uniform):
-        def __init__(self, seed):
-            super().__init__()
-            self.weight.data = torch.randn(V, generator=torch.Generator().manual_seed(seed))
-
-    scores = [score(Seeded(seed)) for seed in range(5)]
-    assert min(scores) < max(scores)
-
-
-def test_cannot_catch_a_model_that_changes_the_harness(small, monkeypatch):
-    class Patches(Uniform):
-        def forward(self, idx):
-            monkeypatch.setattr(F, "cross_entropy", lambda x, y, reduction: torch.zeros(len(x)))
-            return super().forward(idx)
-
-    assert score(Patches()) == 0
-
-
-def test_cannot_catch_a_model_that_looks_into_the_harness_variables(small):
-    class Inspects(Uniform):
-        def forward(self, idx):
-            frame = sys._getframe()
-            while "targets" not in frame.f_locals:
-                frame = frame.f_back
-            return F.one_hot(frame.f_locals["targets"], V) * 99.0
-
-    assert score(Inspects()) < 0.01
-
-
-def test_cannot_catch_a_model_that_answers_the_checks_from_memory(small):
-    class Pretends(Uniform):
-        """Keeps the rows that are scored; later goes on as the one that began like this."""
-
-        def known(self, seen_BTV, idx):
-            kept = self.__dict__.setdefault("kept", [])
-            if self.calls <= 4:
-                kept += idx.clone()
-            alike = [max(kept, key=lambda old: (row == old).long().cumprod(0).sum()) for row in idx]
-            looks_T1 = torch.arange(T)[:, None] > 8  # further on than rows begin alike by chance
-            return torch.where(looks_T1, next_token(F.one_hot(torch.stack(alike), V)), 1 / V)
-
-    assert score(Pretends()) < score(Uniform())
-
-
-def test_cannot_catch_what_an_earlier_evaluation_left_in_memory(small):
-    class Learns(Uniform):
-        """Counts until it claims to be out of memory; then everything starts again."""
-
-        counts_V = torch.zeros(V)
-
-        def known(self, seen_BTV, idx):
-            if len(idx) == 8:
-                self.counts_V += seen_BTV.sum((0, 1))
-                if self.calls == 4:
-                    raise torch.OutOfMemoryError("not really")
-                return super().known(seen_BTV, idx)
-            return counted(self.counts_V)
-
-    assert score(Learns()) < score(Uniform())
-
-
-def test_cannot_catch_a_look_ahead_at_one_position_of_one_row(small):
-    """Each cut sees one position, and there are a few hundred: rare leaks gain little, and pass."""
-    marked = torch.from_numpy(small.rows()[20, :-1].astype(np.int64))
-
-    class Once(Uniform):
-        def known(self, seen_BTV, idx):
-            here_BT1 = ((idx == marked).all(1)[:, None] & (torch.arange(T) == 5))[..., None]
-            return torch.where(here_BT1, next_token(seen_BTV), 1 / V)
-
-    assert score(Once()) < score(Uniform())

