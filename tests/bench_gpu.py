@@ -1,389 +1,249 @@
-"""The checks for a machine with a GPU, by hand: uv run tests/bench_gpu.py [part ...]
+"""What an issue report from a machine with a GPU needs: uv run tests/bench_gpu.py [part ...]
 
-Parts: rate, suite, attention, loader, speed, evaluation, memory, micro_batches, candidates. Without
-any, all but the last two, in about nine minutes. Each prints a short table; a run's whole log goes
-to $OUT or ./bench_gpu_logs. Text is `pysource`, so that no network is needed: its scores compare
-only with one another. Set HF_HUB_OFFLINE=1 where the hub cannot be reached, else the search for
-Flash Attention 3 counts as start-up.
+Parts: rate, loader, variants and evaluation, which decide, then attention, speed and memory, all in
+under ten minutes; by name only suite and candidates (90 minutes). Each case has a process and a
+limit of its own: one that raises, hangs or is killed leaves the others alone. Text is `pysource`,
+so no network is needed and scores compare only with one another. Without CUDA sizes are tiny.
 """
 
-import functools
+import faulthandler
+import importlib.metadata
 import json
 import os
-import statistics
+import re
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-import prepare  # noqa: E402
-import train  # noqa: E402
-
-LOGS = Path(os.environ.get("OUT") or "bench_gpu_logs")
-
-# One-line changes that others measured on one H100, tried against the constants as they are.
-CANDIDATES = {
-    "batch 2^18": {"TOTAL_BATCH_SIZE": 2**18},
-    "depth 9, aspect 57": {"DEPTH": 9, "ASPECT_RATIO": 57},
-    "learning rates": {"EMBEDDING_LR": 0.9, "UNEMBEDDING_LR": 0.005},
-    "windows T/8, SSSSL, rotary 200k": {
-        "SHORT_WINDOW": 1 / 8,
-        "WINDOW_PATTERN": "SSSSL",
-        "ROTARY_BASE": 200_000,
-    },
-    "warm-down 0.75, floor 0.05": {"WARMDOWN_RATIO": 0.75, "FINAL_LR_FRAC": 0.05},
-    "starts": {"SKIP_START": 0.05, "MATRIX_STD": 0.68},
-    "momentum ramp 200": {"MUON_MOMENTUM_STEPS": 200},
-    "documents masked": {"documents": 64},  # by varlen_attn, also where the other has FA3
-}
-
-# With and without computing cheap activations again, by rows of a micro-batch.
-MICRO_BATCHES = {
-    "128 rows, 0.95": {"DEVICE_BATCH_SIZE": 128, "ACTIVATION_MEMORY": 0.95},
-    "128 rows, 1.0": {"DEVICE_BATCH_SIZE": 128, "ACTIVATION_MEMORY": 1.0},
-    "64 rows, 0.95": {"DEVICE_BATCH_SIZE": 64, "ACTIVATION_MEMORY": 0.95},
-    "64 rows, 1.0": {"DEVICE_BATCH_SIZE": 64, "ACTIVATION_MEMORY": 1.0},
-}
+LOG = Path(os.environ.get("OUT") or tempfile.gettempdir(), "bench_gpu.log")
+OVERALL_S = 585  # of the parts that run without a name
+TINY = dict(DEPTH=2, ASPECT_RATIO=32, HEAD_DIM=32, TOTAL_BATCH_SIZE=1024, DEVICE_BATCH_SIZE=4)
+TINY |= dict(EVAL_BATCH_SIZE=4, TIME_BUDGET=2, VOCAB_SIZE=2048, MAX_SEQ_LEN=128, EVAL_TOKENS=8192)
 
 
-def document_starts(idx: torch.Tensor, bos: int, most: int) -> torch.Tensor:
-    """Where documents begin in rows (B, T) laid end to end, as (B x most + 1) int32.
-
-    A row's list always has `most` places, so that nothing recompiles; those left over hold the
-    row's end: documents of no length. Documents beyond the last place count as one. Every row
-    has to begin with BOS, as the loader's do.
-    """
-    B, T = idx.shape
-    number_BT = (idx == bos).cumsum(1) - 1
-    place_BT = torch.where((idx == bos) & (number_BT < most), number_BT, most)
-    at = torch.arange(T, device=idx.device).expand(B, T)
-    starts = torch.full((B, most + 1), T, device=idx.device).scatter(1, place_BT, at)[:, :most]
-    starts = (starts + T * torch.arange(B, device=idx.device)[:, None]).flatten()
-    return F.pad(starts, (0, 1), value=B * T).int()
+def report(bars: dict | None = None, **figures) -> None:
+    """Hand figures to the table; what is True or False is a check; bars hold on a GPU alone."""
+    figures |= bars if bars and on_gpu else {}
+    print("REPORT " + json.dumps(figures), flush=True)
 
 
-def mask_documents(most: int) -> None:
-    """Patch train.py so that no token sees another document, by torch's varlen_attn."""
-    hidden, now = train.GPT.hidden, []
-
-    def hidden_with_starts(self, idx):
-        now[:] = [document_starts(idx, self.config.vocab_size - len(prepare.SPECIAL_TOKENS), most)]
-        return hidden(self, idx)
-
-    def masked_varlen(config, device):
-        from torch.nn.attention.varlen import varlen_attn
-
-        def attend(q, k, v, window):
-            B, T, H, D = q.shape
-            if now:
-                starts = now[0]
-            else:  # tried out before there is a model
-                starts = torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32)
-            flat = [train.repeat_heads(t, H).flatten(0, 1) for t in (q, k, v)]
-            sizes = (window if window < T - 1 else -1, 0)
-            return varlen_attn(*flat, starts, starts, T, T, window_size=sizes).view(B, T, H, D)
-
-        return attend
-
-    train.GPT.hidden = hidden_with_starts
-    train.attention_candidates = lambda platform: [masked_varlen]
+def seconds(work, *arguments) -> float:
+    """How long one call takes, to the end of what it queued."""
+    wait = torch.cuda.synchronize if on_gpu else bool
+    wait()
+    started_s = time.perf_counter()
+    work(*arguments)
+    wait()
+    return time.perf_counter() - started_s
 
 
-def run_train(
-    name: str, budget_s: int, overrides: dict, gpu_gb: float = 0, cache: str = ""
-) -> dict:
-    """One run of train.py in a process of its own; its summary, and seconds to the first step."""
-    code = f"""
-import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import prepare
-prepare.DATASET, prepare.TIME_BUDGET = "pysource", {budget_s}
-import train, torch, bench_gpu
-for name, value in {overrides!r}.items():
-    if name == "documents":
-        bench_gpu.mask_documents(value)
-        continue
-    assert hasattr(train, name), name
-    setattr(train, name, value)
-if {gpu_gb}:
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, {gpu_gb} * 2**30 / total))
-train.main()
-"""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if cache:
-        environment["TORCHINDUCTOR_CACHE_DIR"] = cache
-    LOGS.mkdir(parents=True, exist_ok=True)
-    started_s, first_s, lines = time.perf_counter(), None, []
-    command = [sys.executable, "-c", code]
-    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen(command, env=environment, **pipe) as process:
-        for line in process.stdout:
-            if line.startswith("training for") and first_s is None:
-                first_s = time.perf_counter() - started_s
-            lines.append(line)
-    (LOGS / f"{name.replace(' ', '_').replace('/', '-')}.log").write_text("".join(lines))
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
-    summary = {key: value.strip() for key, value in pairs}
-    summary["start_s"] = f"{first_s:.1f}" if first_s else "-"
-    return summary
-
-
-def show(title: str, rows: list[dict], columns: list[str]) -> None:
-    print(f"\n{title}\n" + " | ".join(columns))
-    for row in rows:
-        print(" | ".join(str(row.get(column, "-")) for column in columns), flush=True)
-
-
-def rate() -> None:
-    """Measured rate of a large bf16 product on random data, beside the datasheet's."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    tflops = []
-    for _ in range(30):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        a @ b
-        end.record()
-        torch.cuda.synchronize()
-        tflops.append(2 * 8192**3 / start.elapsed_time(end) / 1e9)
-    platform = train.find_platform()
-    row = {
-        "device": platform.name,
-        "measured": f"{statistics.median(tflops[10:]):.0f}",
-        "datasheet": f"{platform.peak_flops / 1e12:.0f}",
-    }
-    show("bf16 product, TFLOP/s", [row], list(row))
-
-
-def suite() -> None:
-    """The whole test suite with the GPU present."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", str(ROOT)], cwd=ROOT, text=True)
-    print(f"\ntest suite: exit status {done.returncode}")
-
-
-def attention() -> None:
-    """Every backend, forward and backward, against the written-out one in float32."""
-    rows = []
-    for T in (256, 2048):
-        for B in (1, 8):
-            for window in (0, 1, 127, 128, 1024, T):
-                if window <= T:
-                    rows += [{"T": T, "B": B, "window": window, **attention_errors(T, B, window)}]
-    names = ["flash_attention_3", "torch_varlen", "torch_sdpa"]
-    show(
-        "attention, |out - ref| / |ref|: forward, worst of dq dk dv",
-        rows,
-        ["T", "B", "window", *names],
-    )
-
-
-@functools.cache
-def flash_kernel():
-    """The same for every shape; or why there is none, so that the hub is asked once."""
-    try:
-        return train.flash_attention_3(None, None)
-    except Exception as failure:
-        return failure
-
-
-def flash_attention_3(config, device):
-    if isinstance(flash_kernel(), Exception):
-        raise flash_kernel()
-    return flash_kernel()
-
-
-def attention_errors(T: int, B: int, window: int) -> dict:
-    config = train.GPTConfig(T, 8192, 1, 4, 4, 512, "L")
-    config.windows = lambda: [window]
-    device = torch.device("cuda")
-    q, k, v = (torch.randn(B, T, 4, 128, device=device, dtype=torch.bfloat16) for _ in range(3))
-
-    def results(make, dtype):
-        leaves = [t.to(dtype).detach().requires_grad_() for t in (q, k, v)]
-        y = make(config, device)(*leaves, window)
-        torch.manual_seed(0)
-        y.backward(torch.randn(y.shape, device=device).to(dtype))
-        return [t.float() for t in (y.detach(), *(leaf.grad for leaf in leaves))]
-
-    wanted, found = results(train.written_out, torch.float32), {}
-    for make in (flash_attention_3, train.torch_varlen, train.torch_sdpa):
-        try:
-            got = results(make, torch.bfloat16)
-            errors = [
-                ((g - w).norm() / w.norm().clamp_min(1.0)).item()  # window 0: dq and dk are 0
-                for g, w in zip(got, wanted, strict=True)
-            ]
-            found[make.__name__] = f"{errors[0]:.1e} {max(errors[1:]):.1e}"
-        except Exception as failure:
-            found[make.__name__] = type(failure).__name__
-    return found
-
-
-def loader() -> None:
-    """200 batches behind a slow stream: what the device saw equals what was packed."""
-    prepare.DATASET = "pysource"
-    tokenizer, T = prepare.Tokenizer.from_directory(), prepare.MAX_SEQ_LEN
-    busy = torch.randn(4096, 4096, device="cuda")
-    seen = []
-    for _, (inputs, targets, _) in zip(
-        range(200), prepare.make_dataloader(tokenizer, 16, T, "train", "cuda"), strict=False
-    ):
-        for _ in range(20):
-            busy = busy @ busy * 1e-3  # the copy queues behind this
-        seen.append((inputs.sum(), targets.sum(), (inputs * targets % 8191).sum()))
-    packed = prepare.make_dataloader(tokenizer, 16, T, "train", "cpu")
-    wrong = 0
-    for sums, (inputs, targets, _) in zip(seen, packed, strict=False):
-        wanted = (inputs.sum(), targets.sum(), (inputs * targets % 8191).sum())
-        wrong += any(a.item() != b.item() for a, b in zip(sums, wanted, strict=True))
-    print(f"\nloader: {wrong} of {len(seen)} batches differ")
-
-
-def speed() -> None:
-    """The constants as they are for 60 s, with a cold and then a warm compile cache."""
-    with tempfile.TemporaryDirectory() as cache:
-        rows = [
-            {"run": name, **run_train(f"speed {name}", 60, {}, cache=cache)}
-            for name in ("cold", "warm")
-        ]
-    for row in rows:
-        outside_s = float(row.get("total_seconds", "nan")) - float(row.get("training_seconds", 0))
-        row["outside_s"] = round(outside_s, 1)
-    columns = ["run", "tokens_per_second", "mfu_percent", "peak_vram_mb", "start_s", "outside_s"]
-    show("train.py, 60 s", rows, [*columns, "attention", "num_steps", "val_bpb"])
-    step_parts()
-
-
-def step_parts() -> None:
-    """Where a step's time goes, in ms: medians of 10 steps, synchronised after each part."""
-    prepare.DATASET = "pysource"
+def built():
+    """A run that is warmed up."""
     run = train.Run(train.find_platform())
-    train.warm_up(run)
-    times: dict[str, list] = {"data": [], "forward": [], "backward": [], "optimizer": []}
+    warm_up_s, (attend, compiled) = seconds(train.warm_up, run), run.plans[0]
+    report(attention=attend.__name__.removeprefix("load_"), compiled=compiled)
+    report(micro_batches=f"{run.micro_batches} x {run.rows}", warm_up_s=round(warm_up_s, 1))
+    return run
 
-    def timed(part, work):
-        torch.cuda.synchronize()
+
+def rate(case: str) -> None:
+    """A large bf16 product on random data, beside the datasheet's."""
+    platform, n = train.find_platform(), 8192 if on_gpu else 256
+    a, b = (torch.randn(n, n, device=platform.device, dtype=platform.dtype) for _ in range(2))
+    times_s = [seconds(lambda: [a @ b for _ in range(5)]) / 5 for _ in range(40)]
+    tflops, datasheet = 2e-12 * n**3 / sorted(times_s[20:])[10], platform.peak_flops / 1e12
+    report({"70 %": tflops > 0.7 * datasheet}, tflops=round(tflops, 2), datasheet=datasheet)
+
+
+def loader(case: str) -> None:
+    """Batches behind a slow stream: what the device saw equals what was packed."""
+    T, tokenizer = train.MAX_SEQ_LEN, prepare.Tokenizer.from_directory()
+    factors = torch.randint(2**40, (2, 16, T), generator=torch.Generator().manual_seed(0))
+
+    def sums(device: str):  # of products that wrap: another token or order gives another sum
+        busy, on_device, seen = torch.randn(4096, 4096, device=device), factors.to(device), []
+        batches = prepare.make_dataloader(tokenizer, 16, T, "train", device)
+        for _, (inputs, targets, _) in zip(range(200), batches, strict=False):
+            for _ in range(20 * (device == "cuda")):  # the copy queues behind this
+                busy @ busy
+            seen.append((torch.stack([inputs, targets]) * on_device).sum())
+        return torch.stack(seen).cpu()
+
+    report(all_equal=sums("cuda" if on_gpu else "cpu").equal(sums("cpu")))
+
+
+def variants(case: str) -> None:
+    """Ten steps without a clock, then one whose 25 longest kernels the log shows."""
+    run, waits_s = built(), []
+    batches, peak = run.batches, run.platform.peak_flops
+
+    def next_batch():
         started_s = time.perf_counter()
-        result = work()
-        torch.cuda.synchronize()
-        times[part].append(1e3 * (time.perf_counter() - started_s))
-        return result
+        batch = next(batches)
+        waits_s.append(time.perf_counter() - started_s)
+        return batch
 
-    for _ in range(10):
-        for _ in range(run.micro_batches):
-            inputs, targets, _ = timed("data", lambda: next(run.batches))
-            loss = timed("forward", lambda i=inputs, t=targets: run.model(i, t))
-            timed("backward", loss.backward)
-        timed("optimizer", run.optimizer.step)
-        run.model.zero_grad(set_to_none=True)
+    run.batches, losses = iter(next_batch, None), []
+    losses += [run.take_step(0.0)[0] for _ in range(2)]
+    step_s = seconds(lambda: losses.extend(run.take_step(0.0)[0] for _ in range(10))) / 10
+    train.check_finite(losses[-1].item(), len(losses))
+    flops = run.model.flops_per_token() * train.TOTAL_BATCH_SIZE / step_s
+    mfu, mb = flops / peak if peak else 0.0, round(train.peak_memory_mb(run.platform))
+    report(ms_a_step=round(1e3 * step_s, 1), mfu=round(mfu, 4), peak_mb=mb)
+    if case == "as it is":
+        least = 0.45 if run.plans[0][0] is train.flash_attn_3 else 0.42
+        waiting = sum(waits_s[-10 * run.micro_batches :]) / (10 * step_s)
+        bars = {f"MFU >= {least:.0%}": mfu >= least, "peak < 30 GB": mb < 30 * 1024}
+        report({**bars, "waiting < 1 %": waiting < 0.01}, waiting=round(waiting, 4))
+        activity = getattr(torch.profiler.ProfilerActivity, "CUDA" if on_gpu else "CPU")
+        with torch.profiler.profile(activities=[activity]) as seen:
+            seconds(run.take_step, 0.0)
+        print(seen.key_averages().table("self_device_time_total", 25, max_name_column_width=100))
+        kernels = [e for e in seen.events() if "CPU" not in str(e.device_type) or not on_gpu]
+        spans = [e.time_range for e in kernels if not e.is_user_annotation]
+        step_us = max(span.end for span in spans) - min(span.start for span in spans)
+        report(gpu_busy=round(sum(span.elapsed_us() for span in spans) / step_us, 3))
 
-    def whole_step():
-        run.take_step(1.0, 0)
 
-    whole = times["whole step"] = []
-    for _ in range(10):
-        timed("whole step", whole_step)
-    row = {part: f"{statistics.median(ms):.2f}" for part, ms in times.items()}
-    parts = [statistics.median(times[part]) for part in ("data", "forward", "backward")]
-    row["rest of the step"] = f"{statistics.median(whole) - run.micro_batches * sum(parts):.2f}"
-    show("a micro-batch's parts, the optimizer and a step, in ms", [row], list(row))
-    torch.cuda.empty_cache()
-
-
-def evaluation() -> None:
-    """Seconds for 40 x 524288 tokens, the GPU scale's: pysource's rows over and over."""
-    prepare.DATASET = "pysource"
-    run = train.Run(train.find_platform())
-    train.warm_up(run)
-    T = prepare.MAX_SEQ_LEN
-    shape = (40 * 524288 // T, T + 1)
-    rows = np.resize(prepare.open_prepared().rows(), shape)
+def evaluation(case: str) -> None:
+    """The GPU scale's 40 x 524288 tokens: pysource's rows over and over."""
+    run, rows = built(), prepare.open_prepared().rows()
     run.model.eval()
-    times_s = []
-    for _ in range(3):
-        torch.cuda.synchronize()
-        started_s = time.perf_counter()
-        with torch.no_grad():
-            prepare.checked_losses(run.model, rows, run.rows, run.config.vocab_size)
-        times_s.append(time.perf_counter() - started_s)
-    row = {"rows": len(rows), "seconds": f"{statistics.median(times_s):.1f}"}
-    show("evaluation", [row], list(row))
-    torch.cuda.empty_cache()
+    count = 40 * 524288 // train.MAX_SEQ_LEN if on_gpu else 4 * run.eval_rows + 1
+    rows, score = prepare.np.resize(rows, (count, rows.shape[1])), prepare.checked_losses
+    work = (torch.no_grad()(score), run.model, rows, run.eval_rows, run.config.vocab_size)
+    times_s = [round(seconds(*work), 1) for _ in range(2)]  # first: was anything left to compile?
+    report({"<= 6 s": times_s[1] <= 6}, seconds=times_s, mb=train.peak_memory_mb(run.platform))
 
 
-def memory() -> None:
-    """Less memory: the micro-batch halves by itself, the total batch stays."""
-    rows = []
-    for gigabytes in (24, 12):
-        rows.append({"GB": gigabytes, **run_train(f"memory {gigabytes}", 20, {}, gpu_gb=gigabytes)})
-    show(
-        "with less memory",
-        rows,
-        ["GB", "tokens_per_second", "peak_vram_mb", "num_steps", "val_bpb"],
-    )
+def attention(case: str) -> None:
+    """One backend, forward and backward, against the written-out one in float32."""
+    platform, attend = train.find_platform(), getattr(train, case if on_gpu else "torch_sdpa")
+    attend = attend() if attend is train.flash_attn_3 else attend
+    torch.set_float32_matmul_precision("highest")
+    for T, window in [(256, 1), (256, 127), (2048, 1), (2048, 128), (2048, 1024)][: 2 + 3 * on_gpu]:
+        config = train.GPTConfig(T, 8192, 2, 4, 4, 512, "S", window / T)  # and a window of T
+        train.check_attention(attend, config, platform)
+    report(equal=True)
 
 
-def micro_batches() -> None:
-    """Which micro-batch is fastest, in turn, 30 s each, and what it takes."""
-    rows = [
-        {"change": name, **run_train(f"{name} {n}", 30, changes)}
-        for n in range(2)
-        for name, changes in MICRO_BATCHES.items()
-    ]
-    columns = ["change", "tokens_per_second", "mfu_percent", "peak_vram_mb", "val_bpb"]
-    show("micro-batches", rows, columns)
+def training(case: str) -> None:
+    """A whole run, whose summary its log keeps; within so many GB, if the case says so."""
+    if on_gpu and case.endswith(" GB"):
+        share = int(case[:-3]) * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+    train.main()
 
 
-def candidates() -> None:
-    """Each change against the constants as they are, A B A B, 120 s each."""
-    rows = []
-    for name, overrides in {
-        **CANDIDATES,
-        "all": {k: v for c in CANDIDATES.values() for k, v in c.items()},
-    }.items():
-        pairs = [
-            run_train(f"{name} {n} {side}", 120, changes)
-            for n in range(2)
-            for side, changes in (("A", {}), ("B", overrides))
-        ]
-        scores = [float(pair.get("val_bpb", "nan")) for pair in pairs]
-        rows.append(
-            {
-                "change": name,
-                "A": scores[0::2],
-                "B": scores[1::2],
-                "B - A": round((sum(scores[1::2]) - sum(scores[0::2])) / 2, 5),
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
-    show("val_bpb after 120 s", rows, ["change", "A", "B", "B - A"])
+QKV = "F.linear(x, weight.to(x.dtype)).view(B, T, sum(self.heads), -1).split(self.heads, 2)"
+APART = "[f(x).view(B, T, n, -1) for f, n in zip([self.c_q, self.c_k, self.c_v], self.heads)]"
+TANH, EXP = "torch.tanh(z / LOGIT_SOFT_CAP)", "(1 - 2 / (1 + torch.exp(2 / LOGIT_SOFT_CAP * z)))"
+WHOLE = "nn.Module.compile(self.model, dynamic=False, fullgraph=True)"
+VARIANTS = {
+    "as it is": {},
+    "128 rows": {"DEVICE_BATCH_SIZE": 128},
+    "q, k, v apart": {QKV: APART},
+    "soft-cap by exp": {TANH: EXP},
+    "one graph": {"self.model.compile()": WHOLE},  # from tokens to loss
+}
+CANDIDATES = """TOTAL_BATCH_SIZE=2**18; DEPTH=9, ASPECT_RATIO=57; ROTARY_BASE=200000
+SHORT_WINDOW=1/8, WINDOW_PATTERN="SSSSL"; EMBEDDING_LR=.9, UNEMBEDDING_LR=.005
+SKIP_START=.05, MATRIX_STD=.68; WARMDOWN_RATIO=.75, FINAL_LR_FRAC=.05; MUON_MOMENTUM_STEPS=200"""
+PAIRS = {  # what others found better, each A B A B
+    f"{side} {changes}": eval(f"dict(TIME_BUDGET=120, {changes if side[0] == 'B' else ''})")
+    for changes in re.split("; |\n", CANDIDATES)
+    for side in ("A1", "B1", "A2", "B2")
+}
+PARTS = {  # function, limit in seconds, cases: constants to set in train.py, or code to replace
+    "rate": (rate, 60, {"": {}}),
+    "loader": (loader, 150, {"": {}}),  # prepares the text where it is not yet
+    "variants": (variants, 120, VARIANTS),
+    "evaluation": (evaluation, 120, {"": {}}),
+    "attention": (attention, 60, {"flash_attn_3": {}, "torch_varlen": {}, "torch_sdpa": {}}),
+    "speed": (training, 180, dict.fromkeys(("cold", "warm"), {"TIME_BUDGET": 30})),
+    "memory": (training, 200, dict.fromkeys(("24 GB", "12 GB"), {"TIME_BUDGET": 15})),
+    "suite": (None, 3000, {"-m gpu": {}, "": {}}),
+    "candidates": (training, 400, PAIRS),
+}
+
+
+def run_here(part: str, case: str) -> None:
+    """One case, in this process. train.py, which sets the allocator, runs before torch does."""
+    global train, prepare, torch, on_gpu
+    print(f"=== {part} {case}", flush=True)
+    function, limit_s, cases = PARTS[part]
+    faulthandler.dump_traceback_later(limit_s - 5)  # where a hung one is; train.py has its own
+    constants = {"DATASET": "pysource", "HUNG_AFTER_S": limit_s - 5, **cases[case]}
+    sys.path.insert(0, str(ROOT))
+    train, path = types.ModuleType("train"), ROOT / "train.py"
+    sys.modules["train"], train.__file__, source = train, str(path), path.read_text()
+    for old in [name for name in constants if not name.isidentifier()]:
+        assert source.count(old) == 1, f"train.py does not hold once: {old}"
+        source = source.replace(old, constants.pop(old))
+    exec(compile(source, path, "exec"), vars(train))
+    prepare, torch, on_gpu = train.prepare, train.torch, train.torch.cuda.is_available()
+    for name, value in {**constants, **({} if on_gpu else TINY)}.items():
+        assert hasattr(train, name) or hasattr(prepare, name), name
+        vars(train)[name] = vars(prepare)[name] = value
+    report(cuda=torch.version.cuda if on_gpu else None)
+    function(case)
+
+
+def run_case(part: str, case: str, limit_s: float, caches: str) -> str:
+    """One case in a process of its own: whether it passed, and its figures."""
+    if limit_s < 20:
+        return f"{part} {case}: not run, as the ten minutes are over"
+    command = [sys.executable, __file__, "--case", part, case]
+    if part == "suite":
+        command = [sys.executable, *"-m pytest -q --maxfail=20".split(), *case.split()]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # the first of speed is to find no cache
+    environment["TORCHINDUCTOR_CACHE_DIR"] = f"{caches}/{part if part == 'speed' else 'others'}"
+    with open(LOG, "ab") as file:
+        begin = file.tell()
+        how = dict(cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            ended = subprocess.run(command, timeout=limit_s, **how).returncode
+        except subprocess.TimeoutExpired:
+            ended = f"no end after {limit_s:.0f} s"
+    text, figures = LOG.read_bytes()[begin:].decode(errors="replace"), {}
+    for line in re.findall("^REPORT (.*)$", text, re.M):
+        figures |= json.loads(line)
+    summary = dict(re.findall(r"^(\w+): +(\S.*)$", text.partition("\n---\n")[2], re.M))
+    if summary:
+        overhead_s = float(summary["total_seconds"]) - float(summary["training_seconds"])
+        figures |= summary | {"overhead_s": round(overhead_s, 1)}
+        if case == "warm" and figures["cuda"]:
+            figures["overhead <= 18 s"] = overhead_s <= 18
+    checks = [name for name, value in figures.items() if value is False]
+    checks += [f"ended: {ended}", *text.splitlines()[-1:]] if ended else []
+    verdict = "passed" if figures.get("cuda") or part == "suite" else "skipped: needs CUDA"
+    verdict = f"FAILED: {'; '.join(checks)[:200]}" if checks else verdict
+    shown = [f"{name} {value}" for name, value in figures.items()]
+    shown += re.findall(r"^(?:not |out of memory|training for|device: \w).*$", text, re.M)
+    return f"{part} {case}: {verdict}\n    " + " · ".join(shown)
 
 
 def main() -> None:
-    checks = (rate, suite, attention, loader, speed, evaluation, memory, micro_batches, candidates)
-    parts = {part.__name__: part for part in checks}
-    chosen = sys.argv[1:] or list(parts)[:-2]
-    if not torch.cuda.is_available():
-        sys.exit("error: no CUDA device here; this is for a machine with one")
-    if unknown := set(chosen) - set(parts):
-        sys.exit(f"error: no part {', '.join(unknown)}; there are {', '.join(parts)}")
-    failed = []
-    for name in chosen:
-        try:
-            parts[name]()
-        except Exception:  # the others still run
-            traceback.print_exc()
-            failed.append(name)
-    if failed:
-        sys.exit(f"error: failed: {', '.join(failed)}")
+    chosen = sys.argv[1:] or list(PARTS)[:-2]
+    if chosen[0] == "--case":
+        return run_here(*chosen[1:])
+    if unknown := set(chosen) - set(PARTS):
+        sys.exit(f"error: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    LOG.unlink(missing_ok=True)
+    ends_s = time.monotonic() + (1e9 if sys.argv[1:] else OVERALL_S)
+    packages = {d.name: d.version for d in importlib.metadata.distributions()}
+    table = [f"{name} {packages.get(name, '-')}" for name in ("torch", "triton", "kernels")]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
+        for part, case in [(p, c) for p in chosen for c in PARTS[p][2]]:
+            limit_s = min(PARTS[part][1], ends_s - time.monotonic())
+            table.append(run_case(part, case, limit_s, caches))
+            print(table[-1].splitlines()[0], flush=True)
+    print("\n" + "\n".join(table) + f"\nlog: {LOG}")
+    sys.exit(any("FAILED" in row for row in table))
 
 
 if __name__ == "__main__":

@@ -35,9 +35,8 @@ def some_text(seed: int, sentences: int) -> str:
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
-    """Nothing that a test does reaches the home directory or the network, or takes a gigabyte."""
+    """Nothing that a test does reaches the home directory or the network."""
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(train, "GUESS_ROWS", 2**10)
     for name in ("HF_ENDPOINT", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     connect = socket.socket.connect

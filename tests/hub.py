@@ -1,13 +1,8 @@
 """A loopback server that behaves like the Hugging Face hub, and misbehaves on demand.
 
 Two hosts, as there: the endpoint answers with the file's SHA-256 and a redirect, the content host
-with the bytes. Each answers a request for a file with the next fault of `faults[name]`, if any.
-
-    with Hub({"a.parquet": content}) as hub:
-        hub.endpoint.faults["a.parquet"] = iter([status(500)] * 3)
-        hub.content.faults["a.parquet"] = repeat(cut_after(10_000))
-        ...                                     # with HF_ENDPOINT = hub.url
-        hub.content.asked                       # what was requested
+with the bytes. Each answers a request for a file with the next fault of `faults[name]`, if any:
+`hub.content.faults["a.parquet"] = repeat(sends(most=10_000, then=reset))`.
 """
 
 import hashlib
@@ -15,22 +10,14 @@ import re
 import socket
 import socketserver
 import struct
-import sys
 import threading
+from collections import namedtuple
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
 
 REPOSITORY = "someone/some-data"
-
-
-class Asked(NamedTuple):
-    """A request as a host saw it."""
-
-    name: str
-    first_byte: int
-    authorization: str | None
+Asked = namedtuple("Asked", "name first_byte authorization")  # a request as a host saw it
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -41,57 +28,48 @@ class Handler(BaseHTTPRequestHandler):
         bytes_from = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
         self.first_byte = int(bytes_from[1]) if bytes_from else 0
         host.asked.append(Asked(name, self.first_byte, self.headers.get("Authorization")))
-        fault = next(host.faults.get(name, iter(())), None)
-        (fault or host.behave)(self, name)
+        (next(host.faults.get(name, iter(())), None) or host.behave)(self, name)
 
     def log_message(self, *_) -> None:
         pass
 
     def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.start(status, len(body), **headers)
+        self.start(status, headers | {"Content-Length": str(len(body))})
         self.wfile.write(body)
 
-    def start(self, status: int, length: int, **headers: str) -> None:
+    def start(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(length))
         self.end_headers()
-
-    def wait(self, seconds: float | None) -> None:
-        self.server.hub.closing.wait(seconds)
-
-
-Fault = Callable[[Handler, str], None]
 
 
 class Host(ThreadingHTTPServer):
     request_queue_size = 64
 
-    def __init__(self, hub: "Hub", behave: Fault):
+    def __init__(self, hub: "Hub", behave: Callable):
         super().__init__(("127.0.0.1", 0), Handler)
         self.hub, self.behave = hub, behave
-        self.faults: dict[str, Iterator[Fault]] = {}
+        self.faults: dict[str, Iterator[Callable]] = {}
         self.asked: list[Asked] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer's looks for a name of the address
 
-    def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # a client that went away is no error
-            super().handle_error(request, client_address)
+    def handle_error(self, *_) -> None:
+        pass  # a client went away
 
 
 class Hub:
     """The two hosts and their files, running within a `with`."""
 
-    def __init__(self, files: dict[str, bytes], repository: str = REPOSITORY):
-        self.files, self.repository = files, repository
+    def __init__(self, files: dict[str, bytes]):
+        self.files, self.repository = files, REPOSITORY
         self.renamed_from: str | None = None
         self.digest_header: str | None = "X-Linked-ETag"
         self.closing = threading.Event()
-        self.endpoint, self.content = Host(self, redirect), Host(self, send_file)
+        self.endpoint, self.content = Host(self, redirect), Host(self, send)
         self.url = self.endpoint.url
 
     def __enter__(self) -> "Hub":
@@ -106,142 +84,78 @@ class Hub:
             host.server_close()
 
 
-# --- Good behaviour --------------------------------------------------------------
-
-
 def redirect(request: Handler, name: str) -> None:
-    """The endpoint: the digest, the size, and where the bytes are."""
-    hub = request.server.hub
-    route = f"/datasets/{hub.renamed_from}/resolve/main/{name}"
-    if hub.renamed_from and request.path == route:
-        return request.answer(307, Location=route.replace(hub.renamed_from, hub.repository))
-    if request.path != f"/datasets/{hub.repository}/resolve/main/{name}" or name not in hub.files:
+    """The endpoint: the digest, and where the bytes are."""
+    hub, route = request.server.hub, f"/datasets/{{}}/resolve/main/{name}"
+    if hub.renamed_from and request.path == route.format(hub.renamed_from):
+        return request.answer(307, Location=route.format(hub.repository))
+    if request.path != route.format(hub.repository) or name not in hub.files:
         return request.answer(404, b"not here", X_Error_Message="Entry not found")
-    body = hub.files[name]
     headers = {"Location": f"{hub.content.url}/content/{name}?X-Signature=abc"}
     if hub.digest_header:
-        headers[hub.digest_header] = f'"{hashlib.sha256(body).hexdigest()}"'
-        headers["X-Linked-Size"] = str(len(body))
+        headers[hub.digest_header] = f'"{hashlib.sha256(hub.files[name]).hexdigest()}"'
     return request.answer(302, **headers)
 
 
-def send_file(
+def send(
     request: Handler,
     name: str,
-    write: Callable[[Handler, bytes], object] = lambda request, part: request.wfile.write(part),
     change: Callable[[bytes], bytes] = bytes,
+    most: int | None = None,
+    then: Callable[[Handler], object] = lambda request: None,
     ranges: bool = True,
+    chunked: bool = False,
+    piece_s: float = 0,
 ) -> None:
-    """The content host: the bytes asked for, through `change` and `write` where those are given."""
+    """The content host: the bytes asked for, through `change`, up to `most` of them, and `then`."""
     if request.headers.get("Authorization"):
         return request.answer(400, b"one authorization only: the signature in the address")
     body = change(request.server.hub.files[name])
-    first = request.first_byte if ranges else 0
     # A digest of another kind, as the hub's content host names one: never to be taken for SHA-256.
-    headers = {"ETag": f'"{hashlib.sha3_256(body).hexdigest()}"'}
-    if ranges:
-        headers["Accept-Ranges"] = "bytes"
+    status, headers = 200, {"ETag": f'"{hashlib.sha3_256(body).hexdigest()}"'}
     if ranges and "Range" in request.headers:
+        first = request.first_byte
         if first >= len(body):
             return request.answer(416, Content_Range=f"bytes */{len(body)}")
-        headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
-    request.start(206 if "Content-Range" in headers else 200, len(body) - first, **headers)
-    return write(request, body[first:])
+        status, headers["Content-Range"] = 206, f"bytes {first}-{len(body) - 1}/{len(body)}"
+        body = body[first:]
+    if chunked:  # the length is unknown to the end
+        request.start(status, headers | {"Transfer-Encoding": "chunked"})
+        body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    else:
+        request.start(status, headers | {"Content-Length": str(len(body))})
+    body = body[:most]
+    for start in range(0, len(body), 1 << 13):
+        request.server.hub.closing.wait(piece_s)
+        request.wfile.write(body[start : start + (1 << 13)])
+    return then(request)
 
 
-# --- Faults ----------------------------------------------------------------------
+def sends(**how) -> Callable:
+    """As `send` does, but for what is named."""
+    return partial(send, **how)
 
 
-def status(code: int, body: bytes = b"", **headers: str) -> Fault:
+def status(code: int, body: bytes = b"", **headers: str) -> Callable:
     """An answer of that status, whatever was asked."""
     return lambda request, name: request.answer(code, body, **headers)
 
 
-def cut_after(num_bytes: int) -> Fault:
-    """The connection is reset after so many of the bytes announced."""
-
-    def write(request: Handler, part: bytes) -> None:
-        request.wfile.write(part[:num_bytes])
-        request.wait(0.05)  # what is on its way arrives: a reset may overtake it
-        linger = struct.pack("ii", 1, 0)
-        request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        request.close_connection = True
-        socket.close(request.connection.detach())
-
-    return partial(send_file, write=write)
+# What comes after `most` of the bytes announced.
 
 
-def short_by(num_bytes: int) -> Fault:
-    """The answer ends, in good order, before all bytes announced have come."""
-
-    def write(request: Handler, part: bytes) -> None:
-        request.wfile.write(part[:-num_bytes])
-        request.close_connection = True
-
-    return partial(send_file, write=write)
+def close(request: Handler) -> None:
+    request.close_connection = True
 
 
-def truncated_by(num_bytes: int) -> Fault:
-    """The content host holds, and announces, fewer bytes than the endpoint promised."""
-    return partial(send_file, change=lambda body: body[:-num_bytes])
+def stall(request: Handler, name: str = "") -> None:
+    request.server.hub.closing.wait()
+    request.close_connection = True
 
 
-def stalls_after(num_bytes: int) -> Fault:
-    """So many bytes, then nothing for ever."""
-
-    def write(request: Handler, part: bytes) -> None:
-        request.wfile.write(part[:num_bytes])
-        request.wait(None)
-        request.close_connection = True
-
-    return partial(send_file, write=write)
-
-
-def paced(bytes_per_s: float, piece: int = 1 << 13) -> Fault:
-    """All is well, but slow."""
-
-    def write(request: Handler, part: bytes) -> None:
-        for i in range(0, len(part), piece):
-            request.wait(piece / bytes_per_s)
-            request.wfile.write(part[i : i + piece])
-
-    return partial(send_file, write=write)
-
-
-def sent_after(event: threading.Event) -> Fault:
-    """All is well, once that has happened."""
-
-    def fault(request: Handler, name: str) -> None:
-        event.wait()
-        send_file(request, name)
-
-    return fault
-
-
-def wrong_bytes(request: Handler, name: str) -> None:
-    """As many bytes as promised, one of them wrong, in the last quarter."""
-
-    def change(body: bytes) -> bytes:
-        i = len(body) * 3 // 4
-        return body[:i] + bytes([body[i] ^ 1]) + body[i + 1 :]
-
-    send_file(request, name, change=change)
-
-
-def ignores_ranges(request: Handler, name: str) -> None:
-    """The whole file, whatever part was asked for."""
-    send_file(request, name, ranges=False)
-
-
-def ignores_ranges_and_cut_after(num_bytes: int) -> Fault:
-    """Both: the whole file anew, and never to its end."""
-    return partial(cut_after(num_bytes), ranges=False)
-
-
-def no_length(request: Handler, name: str) -> None:
-    """The whole file in chunks, its length unknown to the end."""
-    request.send_response(200)
-    request.send_header("Transfer-Encoding", "chunked")
-    request.end_headers()
-    body = request.server.hub.files[name]
-    request.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+def reset(request: Handler) -> None:
+    request.server.hub.closing.wait(0.05)  # what is on its way arrives: a reset may overtake it
+    linger = struct.pack("ii", 1, 0)
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    request.close_connection = True
+    socket.close(request.connection.detach())

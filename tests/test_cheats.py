@@ -1,8 +1,7 @@
 """Ways to a lower number without a better model: refused.
 
-Each cheat starts from a model that knows nothing, and would score better than that in a harness
-without checks (`unchecked_bpb`). The checks draw where they look from the system's entropy; here
-they draw from a fixed seed, so that every test gives the same answer each time.
+Each cheat starts from a model that knows nothing, and would look better than that in a harness
+without checks. These draw where they look from the system's entropy; here from a fixed seed.
 
 Out of reach of checks in the same process: a model that read the validation file, was trained on
 it, changes the harness, looks into its variables, answers the checks from memory, claims to be out
@@ -10,7 +9,6 @@ of memory to see everything twice, or looks ahead at one position of one row; an
 """
 
 import hashlib
-import itertools
 import json
 import math
 import shutil
@@ -20,14 +18,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import some_text
 
 import prepare
 
-V, T = 400, 32
-LOOKS_AHEAD = r"another loss when only later tokens and other rows .*row \d+, position \d+"
-REMEMBERS = r"another loss when scored again: row \d+, position \d+"
-CHANGES = "the model changed its"
+V, T = 400, 32  # those of `small`, with 25 rows to score
+AHEAD = r"another loss when only later tokens and other rows .*row \d+, position \d+"
+AGAIN = r"another loss when scored again: row \d+, position \d+"
 
 
 @pytest.fixture(autouse=True)
@@ -36,165 +32,158 @@ def _same_secret(monkeypatch):
     monkeypatch.setattr(np.random, "default_rng", lambda seed=0: fresh(seed))
 
 
-@pytest.fixture(scope="module")
-def prepared_once(tmp_path_factory):
-    text, cache = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("cache")
-    for n in range(300):
-        (text / f"{n}.txt").write_text(some_text(n, 1 + n % 7), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AUTORESEARCH_CACHE", str(cache))
-        set_constants(patch, text)
-        prepare.prepare()
-    return text, cache
-
-
-def set_constants(patch, text) -> None:
-    values = {"DATASET": str(text), "VOCAB_SIZE": V, "MAX_SEQ_LEN": T, "EVAL_TOKENS": 64 * T}
-    for name, value in values.items():
-        patch.setattr(prepare, name, value)
-
-
-@pytest.fixture
-def small(prepared_once, tmp_path, monkeypatch):
-    """A copy for every test: 300 documents of own text, V = 400, T = 32, 25 rows to score."""
-    text, cache = prepared_once
-    shutil.copytree(cache, tmp_path / "cache")
-    set_constants(monkeypatch, text)
-    prepared = prepare.open_prepared()
-    assert prepared.tokens.is_relative_to(tmp_path) and len(prepared.rows()) == 25
-    return prepared
-
-
 def score(model, batch_size: int = 8) -> float:
     return prepare.evaluate_bpb(model, prepare.Tokenizer.from_directory(), batch_size)
 
 
+def refused(match: str):
+    return pytest.raises(prepare.Refused, match=match)
+
+
 @torch.no_grad()
-def unchecked_bpb(model, prepared, batch_size: int = 8) -> float:
-    """What a harness would print that trusts the model."""
-    lengths_V = torch.from_numpy(prepare.Tokenizer.from_directory().token_lengths())
-    nats, num_bytes = 0.0, 0
-    for batch in torch.from_numpy(prepared.rows().astype(np.int64)).split(batch_size):
-        inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:]
-        loss = F.cross_entropy(model(inputs).mT, targets, reduction="none")
-        nats += loss[lengths_V[targets] > 0].sum().item()
-        num_bytes += lengths_V[targets].sum().item()
-    return nats / math.log(2) / num_bytes
+def unchecked_nats(model, prepared, batch_size: int = 8) -> float:
+    """The mean loss that a harness would print that trusts the model."""
+    batches = torch.from_numpy(prepared.rows().astype(np.int64)).split(batch_size)
+    losses = [F.cross_entropy(model(x[:, :-1].contiguous()).mT, x[:, 1:]) * len(x) for x in batches]
+    return sum(losses).item() / sum(map(len, batches))
 
 
-PLACE_T = torch.arange(T)
+NOTHING = torch.full((V,), 1 / V)
 
 
 class Uniform(torch.nn.Module):
-    """Knows nothing, honestly. What a cheat gets to know, from a `look`, it mixes in by half."""
+    """Knows nothing, honestly. What a cheat knows, probabilities, it mixes in by half.
 
-    def __init__(self, look=None):
+    `know(m, x, idx)`: from the model and the tokens, one-hot (B, T, V) and as numbers.
+    """
+
+    def __init__(self, know=lambda m, x, idx: NOTHING):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(V))
-        self.look = look
-        self.calls = self.rows = 0
+        self.know, self.kept, self.calls, self.rows = know, {}, 0, 0
 
     def forward(self, idx):
-        self.calls += 1
-        self.rows += len(idx)
-        known_BTV = self.known(F.one_hot(idx, V).float(), idx)
-        return torch.log(0.5 * known_BTV + 0.5 * self.weight.softmax(-1)).expand(*idx.shape, V)
-
-    def known(self, seen_BTV, idx):
-        """Probabilities, from the tokens as one-hot vectors and as numbers."""
-        return self.look(seen_BTV, idx) if self.look else torch.full((V,), 1 / V)
+        self.calls, self.rows = self.calls + 1, self.rows + len(idx)
+        honest_V = self.weight.softmax(-1)
+        known_BTV = self.know(self, F.one_hot(idx, V).float(), idx)
+        return torch.log(0.5 * known_BTV + 0.5 * honest_V).expand(*idx.shape, V)
 
 
 def counted(counts_V):
     return (counts_V + 0.01) / (counts_V + 0.01).sum(-1, keepdim=True)
 
 
-# Looking ahead, or at other rows
+PLACE_T = torch.arange(T)
+LAST_TV = PLACE_T[:, None] == T - 1
+AHEAD_TT = PLACE_T - PLACE_T[:, None]  # how far a column's token stands ahead of the row's
 
 
-def alone_at(positions_T, guess_BTV):
-    """Only there, and nothing elsewhere."""
-    return torch.where(positions_T[:, None], guess_BTV, 1 / V)
+def look(weights_TT):
+    """What attention with these weights, a convolution or a recurrence sees."""
+    weights_TT = weights_TT.float() / weights_TT.sum(-1, keepdim=True).clamp(min=1e-9)
+    return lambda m, x, idx: weights_TT @ x
 
 
-def mean_over_time(seen_BTV, idx):
-    return seen_BTV.mean(1, keepdim=True)
+LOOKS = {
+    "mean of the row": look(torch.ones(T, T)),
+    "attention without a mask": look((-2.0 * (AHEAD_TT - 1).abs()).softmax(-1)),
+    "window off by one": look((AHEAD_TT <= 1) & (AHEAD_TT >= -3)),
+    "convolution padded on the wrong side": look((AHEAD_TT + 2) * (AHEAD_TT.abs() <= 1)),
+    "end of the row": look((PLACE_T >= T - 4).expand(T, T)),
+    "recurrence from the end": look(0.5 ** AHEAD_TT.clamp(min=1) * (AHEAD_TT > 0)),
+    "batch statistics": lambda m, x, idx: x.mean((0, 1)),
+    # The whole batch up to the same position: nothing of the row's own future.
+    "other rows so far": lambda m, x, idx: counted(x.cumsum(1).sum(0)),
+    "row above": lambda m, x, idx: counted(x.sum(1, keepdim=True)).roll(1, 0),
+}
 
 
-def attention_without_mask(seen_BTV, idx):
-    scores_TT = -2.0 * (PLACE_T[None] - PLACE_T[:, None] - 1).abs()
-    return scores_TT.softmax(-1) @ seen_BTV
+def cache(m, x, idx):
+    """The tokens of all earlier batches, in a tensor that is no buffer."""
+    counts_V = m.kept.setdefault("counts", torch.zeros(V))
+    known_V = counted(counts_V)
+    counts_V += x.sum((0, 1))
+    return known_V
 
 
-def window_off_by_one(seen_BTV, idx):
-    distance_TT = PLACE_T[:, None] - PLACE_T
-    window_TT = ((distance_TT >= -1) & (distance_TT <= 3)).float()
-    return window_TT / window_TT.sum(-1, keepdim=True) @ seen_BTV
+def cache_that_replays(m, x, idx):
+    """Gives the old answer to a batch that it has seen before."""
+    key = tuple(idx.flatten().tolist())
+    if key not in m.kept:
+        m.kept[key] = cache(m, x, idx)
+    return m.kept[key]
 
 
-def convolution_padded_on_the_wrong_side(seen_BTV, idx):
-    kernel = torch.tensor([0.2, 0.3, 0.5]).expand(V, 1, 3)
-    return F.conv1d(F.pad(seen_BTV.mT, (1, 1)), kernel, groups=V).mT
+def cache_emptied(m, x, idx):
+    """Is at the end what it was for the first batch."""
+    known_V = cache(m, x, idx)
+    if m.rows >= 32:
+        m.kept.clear()
+    return known_V
 
 
-def backwards(seen_BTV, idx):
-    """A recurrence that runs from the last token to the first."""
-    state, states = torch.full_like(seen_BTV[:, 0], 1 / V), []
-    for t in reversed(range(T)):
-        states.append(state)
-        state = 0.5 * state + 0.5 * seen_BTV[:, t]
-    return torch.stack(states[::-1], dim=1)
+def gradient_step(m, x, idx):
+    """Gradient descent on each batch that was scored."""
+    with torch.enable_grad():
+        loss = F.cross_entropy(m.weight.expand(idx.numel(), V), idx.flatten())
+        (slope,) = torch.autograd.grad(loss, m.weight)
+    m.weight.data -= 20 * slope
+    return NOTHING
 
 
-def far_ahead(seen_BTV, idx):
-    """At the last tokens of a row alone."""
-    return seen_BTV[:, -4:].mean(1, keepdim=True)
+def hidden_weights(m, x, idx):
+    m.named_parameters = lambda *arguments, **options: iter(())
+    return gradient_step(m, x, idx)
 
 
-def batch_statistics(seen_BTV, idx):
-    return seen_BTV.mean((0, 1))
+REMEMBER = {
+    "cache": cache,
+    "cache that replays": cache_that_replays,
+    "cache emptied at the end": cache_emptied,
+    "cache at the last position": lambda *a: torch.where(LAST_TV, cache(*a), NOTHING),
+    "gradient step": gradient_step,
+    "hidden weights": hidden_weights,
+}
 
 
-def other_rows_so_far(seen_BTV, idx):
-    """The tokens of the whole batch up to the same position: nothing of the row's own future."""
-    return counted(seen_BTV.cumsum(1).sum(0))
+def if_safe(safe, otherwise=NOTHING):
+    """Looks ahead in those calls, or those rows, alone in which it is safe to."""
+    harm = LOOKS["window off by one"]
+    return lambda *a: torch.where(torch.as_tensor(safe(a[0], a[-1])), harm(*a), otherwise)
 
 
-def row_above(seen_BTV, idx):
-    return counted(seen_BTV.sum(1, keepdim=True)).roll(1, 0)
+BEHAVE = {
+    "honest at first": if_safe(lambda m, idx: m.calls > 1),
+    "on every second batch": if_safe(lambda m, idx: m.calls % 2 == 1),
+    "not after the last": if_safe(lambda m, idx: m.calls % 2 == 0 and m.rows <= 32),
+    # Special tokens stand in no text, but in the checks' changed rows.
+    "honest to noise": if_safe(lambda m, idx: (idx <= V - 4).all(1)[:, None, None]),
+    # It is neither above nor below a tolerance.
+    "not a number": if_safe(lambda m, idx: m.rows <= 32, otherwise=NOTHING * math.nan),
+}
+EITHER = f"{AHEAD}|{AGAIN}"
+CHEATS = [(name, know, rows, AHEAD) for name, know in LOOKS.items() for rows in (2, 100)]
+CHEATS += [(name, know, rows, EITHER) for name, know in REMEMBER.items() for rows in (1, 8)]
+CHEATS += [(name, know, 8, EITHER) for name, know in BEHAVE.items()]
 
 
-LOOKS = [mean_over_time, attention_without_mask, window_off_by_one, far_ahead, backwards]
-LOOKS += [convolution_padded_on_the_wrong_side, batch_statistics, other_rows_so_far, row_above]
-
-
-@pytest.mark.parametrize("batch_size", [2, 100])
-@pytest.mark.parametrize("look", LOOKS)
-def test_model_that_sees_the_future_or_other_rows_is_refused(look, batch_size, small):
-    assert unchecked_bpb(Uniform(look), small, batch_size) < unchecked_bpb(Uniform(), small)
-    with pytest.raises(prepare.Refused, match=LOOKS_AHEAD):
-        score(Uniform(look), batch_size)
+@pytest.mark.parametrize(
+    ("know", "batch_size", "why"),
+    [pytest.param(know, rows, why, id=f"{name}-{rows}") for name, know, rows, why in CHEATS],
+)
+def test_look_at_the_future_other_rows_or_earlier_batches_is_refused(know, batch_size, why, small):
+    assert unchecked_nats(Uniform(know), small, batch_size) < math.log(V) - 1e-4
+    with refused(why):
+        score(Uniform(know), batch_size)
 
 
 def test_look_ahead_is_refused_with_one_row_at_a_time_whatever_the_secret(small, monkeypatch):
     for seed in range(8):
-        monkeypatch.setattr(
-            np.random, "default_rng", lambda n=seed: np.random.Generator(np.random.PCG64(n))
-        )
-        for look in LOOKS[:3]:
-            with pytest.raises(prepare.Refused, match=LOOKS_AHEAD):
-                score(Uniform(look), 1)
-
-
-@pytest.mark.parametrize("batch_size", [2, 100])
-def test_look_at_other_rows_at_the_last_position_alone_is_refused(batch_size, small):
-    guesses_VV = torch.rand(V, V, generator=torch.Generator().manual_seed(0)).softmax(-1)
-
-    def checksum_of_row_above(seen_BTV, idx):
-        return alone_at(PLACE_T == T - 1, guesses_VV[idx.sum(1, keepdim=True).roll(1, 0) % V])
-
-    with pytest.raises(prepare.Refused, match=LOOKS_AHEAD):
-        score(Uniform(checksum_of_row_above), batch_size)
+        secret = np.random.PCG64(seed)
+        monkeypatch.setattr(np.random, "default_rng", lambda s=secret: np.random.Generator(s))
+        for name in ("mean of the row", "attention without a mask", "window off by one"):
+            with refused(AHEAD):
+                score(Uniform(LOOKS[name]), 1)
 
 
 def test_where_the_checks_look_is_drawn_from_the_systems_entropy(small, monkeypatch):
@@ -204,210 +193,37 @@ def test_where_the_checks_look_is_drawn_from_the_systems_entropy(small, monkeypa
     assert seeds == [()]
 
 
-# Remembering
+def test_look_at_other_rows_at_the_last_position_alone_is_refused(small):
+    guesses_VV = torch.rand(V, V, generator=torch.Generator().manual_seed(0)).softmax(-1)
 
+    def checksum_of_row_above(m, x, idx):
+        return torch.where(LAST_TV, guesses_VV[idx.sum(1, keepdim=True).roll(1, 0) % V], NOTHING)
 
-class Cache(Uniform):
-    """The tokens of all earlier batches, in a tensor that is no buffer."""
-
-    def known(self, seen_BTV, idx):
-        if self.calls == 1:
-            self.counts_V = torch.zeros(V)
-        known_V = counted(self.counts_V)
-        self.counts_V = self.counts_V + seen_BTV.sum((0, 1))
-        return known_V
-
-
-class CacheAtTheLastPosition(Cache):
-    def known(self, seen_BTV, idx):
-        return alone_at(PLACE_T == T - 1, super().known(seen_BTV, idx))
-
-
-class NGramTable(Uniform):
-    """What followed each token in earlier batches, in a dictionary of Python's."""
-
-    def known(self, seen_BTV, idx):
-        if self.calls == 1:
-            self.after = {}
-        nothing = torch.zeros(V)
-        known_BTV = counted(
-            torch.stack([self.after.get(n, nothing) for n in idx.flatten().tolist()])
-        )
-        for row in idx.tolist():
-            for token, following in itertools.pairwise(row):
-                self.after.setdefault(token, torch.zeros(V))[following] += 1
-        return known_BTV.view(*idx.shape, V)
-
-
-class WeightsChangedByHook(Uniform):
-    def __init__(self):
-        super().__init__()
-        self.register_forward_hook(self.learn)
-
-    @staticmethod
-    def learn(self, arguments, logits):
-        self.weight += 0.05 * F.one_hot(arguments[0], V).sum((0, 1)).clamp(max=4)
-
-
-class HidesItsWeights(WeightsChangedByHook):
-    def named_parameters(self, *arguments, **options):
-        return iter(())
-
-
-class LearnsByGradient(Uniform):
-    """A step of gradient descent on each batch that was scored."""
-
-    def forward(self, idx):
-        logits = self.weight.detach().clone().expand(*idx.shape, V)
-        with torch.enable_grad():
-            loss = F.cross_entropy(self.weight.expand(idx.numel(), V), idx.flatten())
-            (slope,) = torch.autograd.grad(loss, self.weight)
-        self.weight.data -= 20 * slope
-        return logits
-
-
-class ReplaysAnswers(Cache):
-    """A cache that gives the old answer to a batch that it has seen before."""
-
-    def forward(self, idx):
-        answers = self.__dict__.setdefault("answers", {})
-        key = hash(tuple(idx.flatten().tolist()))
-        if key not in answers:
-            answers[key] = super().forward(idx)
-        return answers[key]
-
-
-class PreviousBatch(Uniform):
-    """A state that is handed from batch to batch."""
-
-    def known(self, seen_BTV, idx):
-        before, self.state = getattr(self, "state", seen_BTV[:1, :1].mean((0, 1))), None
-        self.state = counted(seen_BTV.sum((0, 1)))
-        return before
-
-
-@pytest.mark.parametrize("batch_size", [1, 8])
-@pytest.mark.parametrize(
-    "cheat",
-    [
-        Cache,
-        CacheAtTheLastPosition,
-        NGramTable,
-        WeightsChangedByHook,
-        HidesItsWeights,
-        LearnsByGradient,
-        ReplaysAnswers,
-        PreviousBatch,
-    ],
-)
-def test_model_that_remembers_earlier_batches_is_refused(cheat, batch_size, small):
-    with torch.no_grad():
-        assert unchecked_bpb(cheat(), small, batch_size) < unchecked_bpb(Uniform(), small)
-    with pytest.raises(prepare.Refused, match=f"{REMEMBERS}|{LOOKS_AHEAD}"):
-        score(cheat(), batch_size)
-
-
-@pytest.mark.parametrize("change", ["buffer", "weight", "new buffer", "replaced weight"])
-def test_model_that_changes_itself_is_refused_even_if_no_loss_shows_it(change, small):
-    class Changes(Uniform):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("count", torch.zeros((), dtype=torch.int64), persistent=False)
-            self.other = torch.nn.Parameter(torch.zeros(2))
-
-        def known(self, seen_BTV, idx):
-            if change == "buffer":
-                self.count += 1
-            elif change == "weight":
-                self.other[0] = -0.0  # the same number, other bits
-            elif change == "new buffer":
-                self.register_buffer("fresh", torch.zeros(1))
-            else:
-                self.other = torch.nn.Parameter(torch.ones(2))
-            return super().known(seen_BTV, idx)
-
-    name = {"buffer": "count", "new buffer": "fresh"}.get(change, "other")
-    with pytest.raises(prepare.Refused, match=f"{CHANGES} {name} while"):
-        score(Changes())
-
-
-# Knowing that one is being checked
-
-
-class Sometimes(Uniform):
-    """Looks ahead in those calls alone in which it is safe to."""
-
-    def known(self, seen_BTV, idx):
-        safe = self.safe(idx)
-        return torch.where(safe, window_off_by_one(seen_BTV, idx), torch.full((V,), 1 / V))
-
-
-class HonestAtFirst(Sometimes):
-    def safe(self, idx):
-        return torch.tensor(self.calls > 1)
-
-
-class CheatsOnEverySecondBatch(Sometimes):
-    def safe(self, idx):
-        return torch.tensor(self.calls % 2 == 1)
-
-
-class HonestOnceAllIsScored(Sometimes):
-    """Cheats on every second batch, and no longer after the last."""
-
-    def safe(self, idx):
-        return torch.tensor(self.calls % 2 == 0 and self.rows <= 32)
-
-
-class HonestToNoise(Sometimes):
-    """Looks ahead only where the row reads like text: special tokens stand in no text."""
-
-    def safe(self, idx):
-        return (idx <= V - 4).all(1)[:, None, None]
-
-
-class NotANumberWhenChecked(Uniform):
-    """NaN is neither above nor below a tolerance."""
-
-    def forward(self, idx):
-        return super().forward(idx) + (0 if self.rows <= 32 else math.nan)
-
-    known = staticmethod(window_off_by_one)
-
-
-class ForgetsAtTheEnd(Cache):
-    """Is at the end what it was for the first batch."""
-
-    def known(self, seen_BTV, idx):
-        known_V = super().known(seen_BTV, idx)
-        if self.rows >= 32:
-            self.counts_V = torch.zeros(V)
-        return known_V
-
-
-@pytest.mark.parametrize(
-    "cheat",
-    [
-        HonestAtFirst,
-        CheatsOnEverySecondBatch,
-        HonestOnceAllIsScored,
-        ForgetsAtTheEnd,
-        NotANumberWhenChecked,
-        HonestToNoise,
-    ],
-)
-def test_model_that_behaves_while_it_is_checked_is_refused(cheat, small):
-    assert unchecked_bpb(cheat(), small) < unchecked_bpb(Uniform(), small)
-    with pytest.raises(prepare.Refused, match=f"{REMEMBERS}|{LOOKS_AHEAD}"):
-        score(cheat())
+    for batch_size in (2, 100):
+        with refused(AHEAD):
+            score(Uniform(checksum_of_row_above), batch_size)
 
 
 def test_model_that_is_not_the_same_twice_is_refused(small):
-    with pytest.raises(prepare.Refused, match=REMEMBERS):
-        score(Uniform(lambda seen_BTV, idx: torch.rand(V).softmax(-1)))
+    with refused(AGAIN):
+        score(Uniform(lambda *_: torch.rand(V).softmax(-1)))
 
 
-# Logits of another kind
+CHANGES = [
+    ("count", lambda m: m.count.add_(1)),
+    ("other", lambda m: m.other.fill_(-0.0)),  # the same number, other bits
+    ("other", lambda m: setattr(m, "other", torch.nn.Parameter(torch.ones(2)))),
+    ("fresh", lambda m: m.register_buffer("fresh", torch.zeros(1))),
+]
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES)
+def test_model_that_changes_itself_is_refused_even_if_no_loss_shows_it(name, change, small):
+    model = Uniform(lambda m, x, idx: (change(m), NOTHING)[1])
+    model.register_buffer("count", torch.zeros((), dtype=torch.int64), persistent=False)
+    model.other = torch.nn.Parameter(torch.zeros(2))
+    with refused(f"the model changed its {name} while"):
+        score(model)
 
 
 class Sub(torch.Tensor):
@@ -416,60 +232,50 @@ class Sub(torch.Tensor):
 
 GOOD = torch.zeros(8, T, V)
 NOT_LOGITS = {
-    "nothing": lambda idx: None,
-    "a tuple": lambda idx: (GOOD, None),
-    "numpy": lambda idx: GOOD.numpy(),
-    "a loss": lambda idx: torch.tensor(0.0),
-    "losses": lambda idx: torch.zeros(8, T),
-    "ints": lambda idx: GOOD.int(),
-    "complex": lambda idx: GOOD.to(torch.complex64),
-    "a subclass": lambda idx: GOOD.as_subclass(Sub),
-    "a column too many": lambda idx: torch.zeros(8, T, V + 1),
-    "a row too few": lambda idx: GOOD[1:],
-    "flat": lambda idx: GOOD.flatten(0, 1),
-    "one column": lambda idx: GOOD[..., :1],
+    "nothing": None,
+    "a tuple": (GOOD, None),
+    "numpy": GOOD.numpy(),
+    "a loss": torch.tensor(0.0),
+    "losses": torch.zeros(8, T),
+    "ints": GOOD.int(),
+    "complex": GOOD.to(torch.complex64),
+    "a subclass": GOOD.as_subclass(Sub),
+    "a column too many": torch.zeros(8, T, V + 1),
+    "a row too few": GOOD[1:],
+    "flat": GOOD.flatten(0, 1),
+    "one column": GOOD[..., :1],
 }
 
 
 @pytest.mark.parametrize("kind", NOT_LOGITS)
 def test_anything_but_logits_is_refused_by_name(kind, small):
     model = Uniform()
-    model.forward = NOT_LOGITS[kind]
-    with pytest.raises(
-        prepare.Refused, match=r"model\(idx\) gave .*, not .* \(B, T, V\) = \(8, 32, 400\)"
-    ):
+    model.forward = lambda idx: NOT_LOGITS[kind]
+    with refused(r"model\(idx\) gave .*, not .* \(B, T, V\) = \(8, 32, 400\)"):
         score(model)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("row", "position", "column"), [(0, 0, 0), (24, 31, 399)])
-def test_a_single_logit_that_is_not_finite_is_refused_by_its_place(
-    value, row, position, column, small
-):
-    marked = small.rows()[row, :-1].astype(np.int64)
+def test_a_logit_that_is_not_finite_is_refused_by_its_place(value, row, position, column, small):
+    marked = torch.from_numpy(small.rows()[row, :-1].astype(np.int64))
 
     class Spoiled(Uniform):
         def forward(self, idx):
-            logits = super().forward(idx).clone()
-            here_B = (idx == torch.from_numpy(marked)).all(1)
-            logits[here_B, position, column] = value
+            logits = torch.zeros(*idx.shape, V)
+            logits[(idx == marked).all(1), position, column] = value
             return logits
 
     for batch_size in (1, 100):
-        with pytest.raises(prepare.Refused, match=f"not finite: row {row}, position {position}$"):
+        with refused(f"not finite: row {row}, position {position}$"):
             score(Spoiled(), batch_size)
 
 
 def test_model_that_asks_for_the_targets_is_refused(small):
-    class Asks(Uniform):
-        def forward(self, idx, targets):
-            return F.one_hot(targets, V) * 99.0
-
-    with pytest.raises(prepare.Refused, match="from tokens alone.*targets"):
-        score(Asks())
-
-
-# Tricks that change nothing
+    model = Uniform()
+    model.forward = lambda idx, targets: F.one_hot(targets, V) * 99.0
+    with refused("from tokens alone.*targets"):
+        score(model)
 
 
 def test_methods_hung_on_the_logits_are_not_called(small):
@@ -484,50 +290,33 @@ def test_methods_hung_on_the_logits_are_not_called(small):
     assert score(Crafted()) == score(Uniform())
 
 
-def test_writing_into_the_tokens_changes_nothing(small):
-    class Writes(Uniform):
-        def forward(self, idx):
-            logits = super().forward(idx)
-            idx.zero_()
-            torch.as_strided(idx, (idx.untyped_storage().nbytes() // 8,), (1,), 0).zero_()
-            return logits
-
-    for batch_size in (1, 8):
-        assert score(Writes(), batch_size) == pytest.approx(score(Uniform()), rel=1e-9)
-
-
-def test_rewriting_the_rows_on_the_disk_meanwhile_changes_nothing(small):
+def test_tampering_with_tokens_or_files_meanwhile_changes_nothing(small):
     file = small.tokens / small.manifest["rows"]
 
-    class Rewrites(Uniform):
-        def forward(self, idx):
-            with open(file, "r+b") as rows:
-                rows.write(bytes(file.stat().st_size))
-            return super().forward(idx)
+    def tamper(m, x, idx):
+        # Its memory holds nothing else: no targets to read.
+        assert idx._base is None and idx.untyped_storage().nbytes() == 8 * idx.numel()
+        idx.zero_()
+        with open(file, "r+b") as rows:
+            rows.write(bytes(file.stat().st_size))
+        return NOTHING
 
     expected = score(Uniform())
-    assert score(Rewrites()) == expected
-    with pytest.raises(prepare.Refused, match=f"{file.name} was altered"):
+    assert score(Uniform(tamper)) == expected
+    with refused(f"{file.name} was altered"):
         score(Uniform())
 
 
-def test_lengths_of_a_tokenizer_object_are_not_asked_for(small):
+def test_tokenizer_with_other_tokens_is_refused_and_its_lengths_are_not_asked_for(small):
     class Longer(prepare.Tokenizer):
         def token_lengths(self):
             return 2 * super().token_lengths()
 
-    tokenizer = Longer.from_directory()
-    assert prepare.evaluate_bpb(Uniform(), tokenizer, 8) == score(Uniform())
-
-
-# Files
-
-
-def test_tokenizer_with_other_tokens_is_refused(small):
-    true = prepare.Tokenizer.from_directory()
+    true = Longer.from_directory()
+    assert prepare.evaluate_bpb(Uniform(), true, 8) == score(Uniform())
     longer = {token * 2 if len(token) > 2 else token: rank for token, rank in true.ranks.items()}
     for tokenizer in (prepare.Tokenizer(longer), types.SimpleNamespace(ranks=longer), None):
-        with pytest.raises(prepare.Refused, match="tokenizer is not the prepared one"):
+        with refused("tokenizer is not the prepared one"):
             prepare.evaluate_bpb(Uniform(), tokenizer, 8)
 
 
@@ -539,7 +328,7 @@ def test_altered_file_is_refused_and_the_remedy_in_the_message_works(which, smal
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     model = Uniform()
-    with pytest.raises(prepare.Refused, match=f"{file.name} was altered") as refusal:
+    with refused(f"{file.name} was altered") as refusal:
         prepare.evaluate_bpb(model, tokenizer, 8)
     assert model.calls == 0, "scored before the files were checked"
     folder, command = str(refusal.value).split("remove ")[1].split(", run: ")
@@ -549,12 +338,10 @@ def test_altered_file_is_refused_and_the_remedy_in_the_message_works(which, smal
     assert score(Uniform()) == expected
 
 
-def test_rows_altered_together_with_their_hash_are_another_benchmark(small):
-    before = prepare.benchmark_id(prepare.open_prepared())
-    file = small.tokens / small.manifest["rows"]
-    easy = np.full(file.stat().st_size // 2, 97, np.uint16).tobytes()
-    file.write_bytes(easy)
-    small.manifest["sha256"][file.name] = hashlib.sha256(easy).hexdigest()
+@pytest.mark.parametrize("which", ["tokenizer.tiktoken", "rows"])
+def test_file_altered_together_with_its_hash_is_another_benchmark(which, small):
+    before = prepare.benchmark_id(small)
+    name = small.manifest.get(which, which)
+    small.manifest["sha256"][name] = hashlib.sha256(b"easy").hexdigest()
     prepare.manifest_path().write_text(json.dumps(small.manifest))
-    score(Uniform())
     assert prepare.benchmark_id(prepare.open_prepared()) != before

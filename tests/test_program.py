@@ -45,9 +45,9 @@ BRANCH, PREPARE, COMMIT, RUN, WAIT, READ, RECORD, DROP = (
     the_block(fragment)
     for fragment in (
         "git checkout -b",
-        "uv run prepare.py",
+        "prepare.log",
         "git commit",
-        "nohup",
+        "run=$!",
         "while [",
         "grep -E",
         "git notes",
@@ -84,6 +84,7 @@ seed:             $SEED
 train_loss:       2.9541
 epoch:            1
 tokens_per_second: 1665000
+slow_step_ratio:  1.02
 end
 """
 FAKE_SLEEP = """#!/bin/sh
@@ -328,6 +329,7 @@ def test_reading_shows_the_figures(night):
         "peak_vram_mb:     45060.2",
         "num_steps:        953",
         "train_loss:       2.9541",
+        "slow_step_ratio:  1.02",
         "exit status: 0",
     ]
 
@@ -576,7 +578,7 @@ def test_every_name_in_the_texts_exists_in_the_code(text):
 
 def test_the_summary_has_the_names_that_program_md_reads():
     names = re.search(r"\^\((.*)\):", READ)[1].split("|")
-    printed = set(re.findall(r'^ +"(\w+)": ', inspect.getsource(train.summary), re.M))
+    printed = set(re.findall(r"^(\w+): ", inspect.getsource(train.summarize), re.M))
     assert set(names) - {"commit", "exit status"} <= printed
     fields = set(re.findall(r"field (\w+)", RECORD)) - {"commit"}
     assert {"val_bpb", "peak_vram_mb", "seed"} <= fields <= printed
@@ -612,12 +614,12 @@ prepare.DATASET, prepare.VOCAB_SIZE, prepare.EVAL_TOKENS = {text!r}, 400, 64 * 3
 prepare.MAX_SEQ_LEN = train.MAX_SEQ_LEN = 32
 prepare.TIME_BUDGET = train.TIME_BUDGET = 2
 small = dict(DEPTH=2, ASPECT_RATIO=16, HEAD_DIM=16, TOTAL_BATCH_SIZE=512, DEVICE_BATCH_SIZE=8)
-small |= dict(WARMUP_STEPS=1, HUNG_AFTER_S=120, LOSS_SLICE=256, GUESS_ROWS=2**10)
+small |= dict(WARMUP_STEPS=1, HUNG_AFTER_S=120)
 for name, value in small.items():
     setattr(train, name, value)
 train.GPT.compile = lambda self: None  # takes a minute here
 if os.environ["PLAY"] == "nan":
-    train.EMBEDDING_STD = float("nan")
+    train.RESIDUAL_START = float("nan")
 train.main()
 """
 

@@ -1,14 +1,14 @@
 """Packing: validation rows by the reference rule, training rows that lose and delay nothing."""
 
-from itertools import takewhile
+from itertools import groupby, takewhile
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import prepare
-from prepare import cut_long, document_spans, fill_row, pack_rows
+from prepare import pack_rows
 
 BOS = 65535
 
@@ -42,45 +42,18 @@ def slow_rows(lengths: list[int], row_tokens: int, buffer_size: int = 1000) -> l
         rows.append(row)
 
 
-def fast_rows(lengths: list[int], *shape) -> list:
-    return [list(row) for row in pack_rows(enumerate(lengths), *shape)]
+def code_like(number: int) -> list[int]:
+    """Lengths as in pysource: median 208, mean 561, 99th percentile 5,800, the longest 315,000."""
+    rng = np.random.default_rng(1)
+    lengths = rng.lognormal(5.4, 0.95, number) + 60 * rng.pareto(0.9, number)
+    return (2 + lengths).clip(max=315_000).astype(int).tolist()
 
 
 @lengths_and_shapes
+@example(lengths=code_like(1500), row_tokens=513, buffer_size=1000)
 def test_validation_rows_equal_the_slow_rule(lengths, row_tokens, buffer_size):
-    shape = row_tokens, buffer_size
-    assert fast_rows(lengths, *shape) == slow_rows(lengths, *shape)
-
-
-def test_validation_rows_equal_the_slow_rule_at_full_size():
-    lengths = web_like(1500)
-    assert fast_rows(lengths, 513) == slow_rows(lengths, 513)
-
-
-def flat_file(lengths: list[int]) -> np.ndarray:
-    """Documents whose tokens all differ: consecutive inside one, with a gap between two."""
-    starts = np.cumsum([0, *lengths])
-    numbers = np.arange(starts[-1]) + np.repeat(np.arange(len(lengths)), lengths)
-    numbers[starts[:-1]] = BOS
-    return numbers.astype(np.uint16)
-
-
-@lengths_and_shapes
-def test_training_rows_are_full_and_serve_every_token_at_most_once(
-    lengths, row_tokens, buffer_size
-):
-    tokens = flat_file(lengths)
-    starts, lengths = cut_long(*document_spans(tokens, BOS), row_tokens)
-    pieces, served = zip(starts.tolist(), lengths.tolist(), strict=True), []
-    for packed in pack_rows(pieces, row_tokens, buffer_size, keep=True):
-        row = fill_row(packed, tokens, BOS)
-        assert row[0] == BOS and len(row) == row_tokens
-        for part in np.split(row, np.flatnonzero(row == BOS)[1:]):
-            assert (np.diff(part[1:].astype(int)) == 1).all()  # of one document, as it stood there
-            served += part[1:].tolist()
-    text = tokens[tokens != BOS].tolist()
-    assert len(set(served)) == len(served) and set(served) <= set(text)
-    assert len(text) - len(served) < row_tokens  # only the last row, which is not full, is lost
+    rows = pack_rows(enumerate(lengths), row_tokens, buffer_size)
+    assert [list(row) for row in rows] == slow_rows(lengths, row_tokens, buffer_size)
 
 
 @lengths_and_shapes
@@ -99,65 +72,49 @@ def test_no_piece_waits_longer_than_buffer_size_rows(lengths, row_tokens, buffer
     assert max(waits) <= buffer_size
 
 
+def epochs(lengths: list[int], row_tokens: int, path) -> tuple[list[int], list[list[np.ndarray]]]:
+    """Text of documents whose tokens, but BOS, all differ, and the rows of epochs 1 and 2."""
+    starts = np.cumsum([0, *lengths])
+    tokens = (np.arange(starts[-1]) % BOS).astype(np.uint16)
+    tokens[starts[:-1]] = BOS
+    tokens.tofile(path)
+    rows = prepare.training_rows([path], row_tokens, BOS)
+    rows = takewhile(lambda row: row[1] <= 2, rows)
+    served = [[row for row, _ in rows] for _, rows in groupby(rows, lambda row: row[1])]
+    return tokens[tokens != BOS].tolist(), served
+
+
+@given(lengths=st.lists(st.integers(1, 40), max_size=80), row_tokens=st.integers(3, 24))
+def test_training_rows_are_full_and_serve_all_once(lengths, row_tokens, tmp_path_factory):
+    lengths = [row_tokens, *lengths]  # at least one row
+    text, (_, rows) = epochs(lengths, row_tokens, tmp_path_factory.getbasetemp() / "train.bin")
+    served = []
+    for row in rows:
+        assert row[0] == BOS and len(row) == row_tokens
+        for part in np.split(row, np.flatnonzero(row == BOS)[1:]):
+            assert (np.diff(part[1:].astype(int)) == 1).all()  # of one document, as it stood there
+            served += part[1:].tolist()
+    assert len(set(served)) == len(served) and set(served) <= set(text)
+    assert len(text) - len(served) < row_tokens  # only the last row, which is not full, is lost
+
+
 def test_the_first_epoch_serves_all_beginnings_and_then_everything(tmp_path):
-    rng, row_tokens = np.random.default_rng(0), 9
-    lengths = [1, *rng.integers(2, 40, 200).tolist()]  # the first has no text
-    tokens = flat_file(lengths)
-    tokens.tofile(tmp_path / "train.bin")
-    starts = np.cumsum([0, *lengths[:-1]])
-    beginnings = {
-        token
-        for start, length in zip(starts, lengths, strict=True)
-        for token in tokens[start + 1 : start + min(length, row_tokens)].tolist()
-    }
-    rows = prepare.training_rows([tmp_path / "train.bin"], row_tokens, BOS)
-    of_epoch_1 = [row[row != BOS].tolist() for row, _ in takewhile(lambda row: row[1] == 1, rows)]
-    served: set = set()
-    number = 0
-    while not served & set(of_epoch_1[number]) and set(of_epoch_1[number]) <= beginnings:
-        served |= set(of_epoch_1[number])
-        number += 1
-    assert len(beginnings) - len(served) < row_tokens
-    everything = [token for row in of_epoch_1[number:] for token in row]
-    assert len(set(everything)) == len(everything) > sum(lengths) - len(lengths) - 2 * row_tokens
-
-
-def pysource_like(number: int) -> list[int]:
-    """Measured: median 208 tokens, mean 561, 99th percentile 5,800, the longest 315,000."""
-    rng = np.random.default_rng(1)
-    lengths = rng.lognormal(5.4, 0.95, number) + 60 * rng.pareto(0.9, number)
-    return (2 + lengths).clip(max=315_000).astype(int).tolist()
-
-
-def web_like(number: int) -> list[int]:
-    """Log-normal with a long tail."""
-    rng = np.random.default_rng(3)
-    lengths = rng.lognormal(6.0, 1.2, number) + rng.pareto(1.1, number) * 100
-    return (2 + lengths).clip(max=200_000).astype(int).tolist()
+    lengths = [1, *np.random.default_rng(0).integers(2, 40, 200).tolist()]  # the first has no text
+    text, (first, _) = epochs(lengths, 9, tmp_path / "train.bin")
+    beginnings: set[int] = set()
+    for start, length in zip(np.cumsum([0, *lengths]).tolist(), lengths, strict=False):
+        beginnings |= set(range(start + 1, start + min(length, 9)))
+    rows, left, n = [row[row != BOS].tolist() for row in first], set(beginnings), 0
+    while left.issuperset(rows[n]):
+        left -= set(rows[n])
+        n += 1
+    assert len(left) < 9
+    everything = [token for row in rows[n:] for token in row]
+    assert len(set(everything)) == len(everything) > len(text) - 9
 
 
 @pytest.mark.parametrize("T", [256, 2048])
-@pytest.mark.parametrize("like", [pysource_like, web_like])
-def test_at_least_95_percent_of_an_epoch_is_served(like, T):
-    lengths = like(4000)
-    text = sum(lengths) - len(lengths)
-
-    def share_served(rows) -> float:
-        return sum(taken - 1 for row in rows for _, taken in row) / text
-
-    starts = np.cumsum([0, *lengths[:-1]])
-    pieces = cut_long(starts, np.array(lengths), T + 1)[1].tolist()
-    assert sum(piece - 1 for piece in pieces) == text
-    assert share_served(pack_rows(enumerate(pieces), T + 1, keep=True)) >= 0.95
-    if T == 256:
-        assert share_served(pack_rows(enumerate(lengths), T + 1)) < 0.95, (
-            "what the reference rule serves"
-        )
-
-
-def test_a_document_is_cut_into_pieces_that_fill_a_row():
-    # Rows of 5 tokens hold BOS and 4 of text: 1 + 10 tokens are cut into 4 + 4 + 2; of the document
-    # of 1 + 4 one piece is made; nothing of the one that is BOS alone.
-    starts, lengths = cut_long(np.array([0, 11, 12]), np.array([11, 1, 5]), 5)
-    assert lengths.tolist() == [5, 5, 3, 5]
-    assert starts.tolist() == [0, 4, 8, 12]  # the second piece's text is at 5 … 8
+def test_at_least_95_percent_of_an_epoch_is_served(T, tmp_path):
+    lengths = code_like(3000)
+    text, (_, rows) = epochs(lengths, T + 1, tmp_path / "train.bin")
+    assert sum(np.count_nonzero(row != BOS) for row in rows) >= 0.95 * len(text)
