@@ -54,12 +54,12 @@ MATRIX_STD = 1.0  # x width^-1/2
 RESIDUAL_START = 1.0  # r: how much of x a layer keeps
 SKIP_START = 0.1  # s: how much of the normalised embedding it adds
 
-TOTAL_BATCH_SIZE = scale(2**19, 2**11)  # tokens a step
+TOTAL_BATCH_SIZE = scale(2**19, 2**12)  # tokens a step
 DEVICE_BATCH_SIZE = 64  # rows at a time, if a step has as many; halved where memory is short
 EVAL_BATCH_SIZE = scale(32, 8)  # rows; their logits exist as a whole
 EMBEDDING_LR = scale(0.6, 0.5)  # this and the next x (width / 768)^-1/2
 UNEMBEDDING_LR = scale(0.004, 0.008)
-MATRIX_LR = scale(0.04, 0.03)
+MATRIX_LR = scale(0.04, 0.015)
 SCALAR_LR = 0.5
 RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR, for r and for whatever has no group of its own
 ADAM_BETAS = (0.8, 0.95)
