@@ -1,4 +1,19 @@
-"""A cache of its own for every test, small constants, one thread, no network."""
+"""A cache of its own for every test, small constants, one thread, no network.
+
+Where DESIGN.md's laws are tested:
+
+ 1 one command            test_program (a real run), test_prepare, test_training (compilers, memory)
+ 2 one number             test_evaluate, test_cheats, test_tokenizer (lengths of tokens)
+ 3 one clock              test_training (the clock, warm-up leaves no trace)
+ 4 comparable or refused  test_prepare (constants and the id), test_cheats (altered files)
+ 5 nothing is lost        test_download, test_prepare (kills, two at once), test_program (git)
+ 6 drop-in                test_training (somebody else's train.py)
+ 7 importing does nothing test_training
+ 8 quiet logs             test_training, test_program
+ 9 small                  test_ideas (one idea, one place)
+10 a plain baseline       test_model (parameters, a second model), test_optimizer
+11 same path              test_attention (by rule, however slow), test_training
+"""
 
 import os
 import random
