@@ -299,7 +299,7 @@ def receive(url: str, part: Path) -> str | None:
 
 def flash_attention_3(fetch: bool = False) -> Path:
     """The folder of Flash Attention 3 for this machine; from the hub only if `fetch`."""
-    note = dataset_directory().with_name("flash-attn3.path")  # the hub's cache cannot say offline
+    note = dataset_directory().with_name("flash-attn3.path")
     if fetch:
         from kernels import install_kernel
 
@@ -308,10 +308,15 @@ def flash_attention_3(fetch: bool = False) -> Path:
     return Path(note.read_text())
 
 
+def runs_flash_attention_3() -> bool:
+    """Whether the chip does: newer ones have been seen to end the whole process."""
+    nvidia = torch.cuda.is_available() and torch.version.hip is None
+    return nvidia and (8, 0) <= torch.cuda.get_device_capability() <= (9, 0)
+
+
 def fetch_flash_attention() -> None:
     """Before any run: all have the same backend."""
-    nvidia = torch.cuda.is_available() and torch.version.hip is None
-    if nvidia and (8, 0) <= torch.cuda.get_device_capability() <= (9, 0):
+    if runs_flash_attention_3():
         try:
             flash_attention_3(fetch=True)
         except Exception as failure:

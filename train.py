@@ -148,9 +148,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, idx, cos, sin):
         B, T, C = x.shape
         weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])  # one product
-        q, k, v = (
-            F.linear(x, weight.to(x.dtype)).view(B, T, sum(self.heads), -1).split(self.heads, 2)
-        )
+        qkv = F.linear(x, weight.to(x.dtype)).view(B, T, sum(self.heads), -1)
+        q, k, v = qkv.split(self.heads, 2)
         if self.value_embedding is not None:
             gate_BTH = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
             v = v + gate_BTH.unsqueeze(-1) * self.value_embedding(idx).to(x.dtype).view_as(v)
@@ -299,8 +298,9 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            grad = torch.stack([p.grad for p in group["params"]])
-            weight = torch.stack(group["params"])
+            params = group["params"]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            grad, weight = torch.stack(grads), torch.stack(params)
             if not group["step"]:
                 group["first"] = torch.zeros_like(grad)
                 # The longer side: the vectors along the shorter one come out of norm 1 anyway.
@@ -316,7 +316,7 @@ class Muon(torch.optim.Optimizer):
             # Cautious decay (arXiv 2510.12402): only where update and weight have the same sign.
             update += group["weight_decay"] * torch.where(update * weight > 0, weight, 0)
             lr = group["lr"] * max(1, grad.size(-2) / grad.size(-1)) ** 0.5
-            torch._foreach_add_(group["params"], list(update), alpha=-lr)
+            torch._foreach_add_(params, list(update), alpha=-lr)
 
 
 def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
@@ -476,9 +476,8 @@ def attention_backends(platform: Platform) -> list[Callable]:
         return [written_out]
     if not platform.is_cuda or platform.dtype != torch.bfloat16:
         return [torch_sdpa, written_out]
-    # On newer chips than 9.0 the kernel has been seen to end the whole process.
-    fits = torch.version.hip is None and (8, 0) <= torch.cuda.get_device_capability() <= (9, 0)
-    return [flash_attn_3] * fits + [torch_varlen, torch_sdpa, written_out]
+    best = [flash_attn_3] * prepare.runs_flash_attention_3()
+    return [*best, torch_varlen, torch_sdpa, written_out]
 
 
 def check_attention(attend: Callable, config: GPTConfig, platform: Platform) -> None:

@@ -225,3 +225,14 @@ def test_schedules_scale_each_groups_own_values(monkeypatch):
     decays = [train.WEIGHT_DECAY / 4, 0.15, 0.5]  # the matrices' falls to 0
     assert [group["weight_decay"] for group in groups] == pytest.approx(decays)
     torch.testing.assert_close(groups[1]["first"][0], (1 - 0.7**3) * weights[1].grad)
+
+
+def test_a_matrix_that_an_idea_leaves_unused_stays_as_it_is():
+    used, unused = parameters([(8, 8), (8, 8)])
+    before = unused.detach().clone()
+    group = dict(params=[used, unused], lr=0.1, momentum=(0.9, 0.9), weight_decay=0.5)
+    optimizer = Muon([group], torch.float32)
+    for _ in range(3):
+        used.grad = torch.ones_like(used)
+        optimizer.step()
+    assert torch.equal(unused, before)

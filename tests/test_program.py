@@ -590,6 +590,15 @@ def test_data_sets_that_the_readme_names_exist():
     assert set(named) - {"text"} == {*prepare.HUB, "pysource"}  # text is a column
 
 
+def test_the_two_files_are_small_and_between_the_scales_only_numbers_differ():
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("prepare.py", "train.py")]
+    lines = [text.count("\n") for text in texts]
+    assert lines[0] <= 800 and lines[1] <= 720, lines
+    assert sum(len(text.encode()) for text in texts) <= 68 * 1024
+    numbers = re.findall(r"^([A-Z_]+) = (?:scale\(|.* if _CUDA else )", "".join(texts), re.M)
+    assert {"DATASET", "DEPTH"} <= set(numbers) and len(numbers) <= 15, numbers
+
+
 def test_dependencies_come_from_the_standard_index_alone():
     lock = (ROOT / "uv.lock").read_text()
     sources = set(re.findall(r"^source = (.*)$", lock, re.M))
