@@ -2,8 +2,7 @@
 
 Parts: rate, loader, variants and evaluation, which decide, then attention, speed and memory, all in
 under ten minutes; by name only suite and candidates (90 minutes). Each case has a process and a
-limit of its own: one that raises, hangs or is killed leaves the others alone. Text is `pysource`,
-so no network is needed and scores compare only with one another. Without CUDA sizes are tiny.
+limit of its own. Text is `pysource`: no network is needed. Without CUDA sizes are tiny.
 """
 
 import faulthandler
@@ -45,7 +44,7 @@ def built():
     """A run that is warmed up."""
     run = train.Run(train.find_platform())
     warm_up_s, (attend, compiled) = seconds(train.warm_up, run), run.plans[0]
-    report(attention=attend.__name__.removeprefix("load_"), compiled=compiled)
+    report(attention=attend.__name__, compiled=compiled)
     report(micro_batches=f"{run.micro_batches} x {run.rows}", warm_up_s=round(warm_up_s, 1))
     return run
 
@@ -202,6 +201,7 @@ def run_case(part: str, case: str, limit_s: float, caches: str) -> str:
         command = [sys.executable, *"-m pytest -q --maxfail=20".split(), *case.split()]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}  # the first of speed is to find no cache
     environment["TORCHINDUCTOR_CACHE_DIR"] = f"{caches}/{part if part == 'speed' else 'others'}"
+    LOG.parent.mkdir(parents=True, exist_ok=True)
     with open(LOG, "ab") as file:
         begin = file.tell()
         how = dict(cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
