@@ -32,11 +32,10 @@ import tiktoken
 import torch
 from filelock import FileLock, Timeout
 
-# --- Benchmark constants ---------------------------------------------------------
-# Nothing else changes what is measured; each of them changes the benchmark id.
+# --- Benchmark constants ------------------
+# No flag and no variable changes what is measured; each of these changes the benchmark id.
 
 _CUDA = torch.cuda.is_available()
-
 # climbmix, tinystories, pysource, or the path of a folder or file of your own.
 DATASET = "climbmix" if _CUDA else "pysource"
 VOCAB_SIZE = 8192 if _CUDA else 2048  # tokens: 256 single bytes, merges, 4 special ones
@@ -44,7 +43,7 @@ MAX_SEQ_LEN = 2048 if _CUDA else 512  # T, in tokens
 EVAL_TOKENS = 40 * 524288 if _CUDA else 524288  # scored, if the validation text has as many
 TIME_BUDGET = 300  # seconds of training; start-up, compilation and evaluation not counted
 
-# --- Paths -----------------------------------------------------------------------
+# --- Paths --------------------------------
 
 
 def dataset_directory() -> Path:
@@ -88,7 +87,7 @@ def alone_in(directory: Path):
         return lock.acquire()
 
 
-# --- Data sets -------------------------------------------------------------------
+# --- Data sets ----------------------------
 
 VALIDATION_SHARE = 0.1  # of local documents, chosen by the hash of their text
 SHARD_BYTES = 256 << 20  # of local files, about
@@ -99,13 +98,13 @@ SKIPPED: set[Path] = set()  # files that are not text, or lines of them without 
 
 Reader = Callable[[], Iterator[str]]  # gives some documents, anew at each call
 
-# On the Hugging Face hub: repository, files to train on (the first 10), file to validate on; a file
-# with the rows from … to, if not all count.
+# On the Hugging Face hub: repository, files to train on (the first 10), file to validate on; each
+# [file], [file, first row] or [file, first row, the row after the last].
 CLIMBMIX = [[f"shard_{n:05d}.parquet"] for n in range(6543)]
-REPOSITORY, FILE = "karpathy/tinystories-gpt4-clean", "tinystories_gpt4_clean.parquet"
+TINY, STORIES = "karpathy/tinystories-gpt4-clean", "tinystories_gpt4_clean.parquet"
 HUB = {
     "climbmix": ("karpathy/climbmix-400b-shuffle", CLIMBMIX[:-1], CLIMBMIX[-1]),
-    "tinystories": (REPOSITORY, [[FILE, 20_000]], [FILE, 10_000, 20_000]),
+    "tinystories": (TINY, [[STORIES, 20_000]], [STORIES, 10_000, 20_000]),
 }
 
 
@@ -123,15 +122,15 @@ def name_and_folder() -> tuple[str, str]:
 
 
 def find_documents(num_shards: int | None) -> tuple:
-    """Readers to train on, by name, one to validate on, and what changes with the text."""
+    """Readers to train on, by name, one to validate on, and a signature that text changes."""
     if DATASET in HUB:
         repository, files, held_out = HUB[DATASET]
         raw, files = dataset_directory() / "raw", files[: num_shards or 10]
         download(repository, [name for name, *_ in [held_out, *files]], raw)
         train = {Path(f).stem: partial(parquet_texts, raw / f, *rows) for f, *rows in files}
         validation = partial(parquet_texts, raw / held_out[0], *held_out[1:])
-        return train, validation, [[name, size_of(raw / name)] for name, *_ in files]
-    own = DATASET != "pysource"  # whose documents, definitions, are short next to a row
+        return train, validation, [[*file, size_of(raw / file[0])] for file in [held_out, *files]]
+    own = DATASET != "pysource"  # documents of a row's worth of characters, not definitions
     files, least_chars = (own_files(), MAX_SEQ_LEN) if own else (pysource_files(), 200)
     states = [[str(file), size_of(file), file.stat().st_mtime_ns] for file in files if own]
     parts, num_bytes = {}, 0
@@ -139,8 +138,8 @@ def find_documents(num_shards: int | None) -> tuple:
         parts.setdefault(str(num_bytes // SHARD_BYTES), []).append(file)
         num_bytes += size_of(file)
     train = {name: partial(local_texts, part, least_chars, False) for name, part in parts.items()}
-    key = [least_chars, SHARD_BYTES, VALIDATION_SHARE, PYSOURCE_SKIPS, states]
-    return train, partial(local_texts, files, least_chars, True), key
+    signature = [least_chars, SHARD_BYTES, VALIDATION_SHARE, PYSOURCE_SKIPS, states]
+    return train, partial(local_texts, files, least_chars, True), signature
 
 
 def pysource_files() -> list[Path]:
@@ -210,32 +209,34 @@ def file_lines(path: Path) -> Iterator[bytes]:
 
 def split_text(text: str, least_chars: int) -> list[str]:
     """Cut at blank lines before an unindented line: between definitions, or paragraphs."""
-    pieces = [""]
-    for paragraph in re.split(r"(?<=\n\n)(?=\S)", text):
+    pieces, paragraphs = [""], re.split(r"(?<=\n\n)(?=\S)", text)
+    if len(text) > 10 * BPE_DOCUMENT_CHARS * len(paragraphs):  # a list, a log: at every line
+        paragraphs = text.splitlines(True)
+    for paragraph in paragraphs:
         if len(pieces[-1]) >= least_chars:
             pieces.append("")
         pieces[-1] += paragraph
     return pieces
 
 
-# --- Download --------------------------------------------------------------------
+# --- Download -----------------------------
 
 RETRY_WAITS_S = (1, 2, 4, 8, 16)  # after each failure that brought no new byte
 TIMEOUT_S = (10, 30)  # to connect; between two bytes
 
 
 def download(repository: str, names: list[str], directory: Path, workers: int = 8) -> None:
-    """Fetch what is missing, the first file alone and before the others."""
+    """Fetch what is missing; the first file alone, as one failure there is enough to end."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     missing = [name for name in dict.fromkeys(names) if not is_parquet(directory / name)]
     if missing:
         say(f"downloading {len(missing)} files of {repository}")
-    directory.mkdir(parents=True, exist_ok=True)
     failures = []
 
     def fetch(name: str) -> None:
         try:
             if len(failures) <= workers:  # more: it is the network, not the file
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 url = f"{endpoint}/datasets/{repository}/resolve/main/{name}"
                 download_file(url, directory / name)
                 say(f"{name}: {size_of(directory / name) / 1e6:.0f} MB")
@@ -247,7 +248,7 @@ def download(repository: str, names: list[str], directory: Path, workers: int = 
             list(pool.map(fetch, [] if failures else some))
     if failures:
         lost = [name for name in missing if not is_parquet(directory / name)]
-        raise RuntimeError(
+        raise ConnectionError(
             f"{len(lost)} of {len(missing)} files are still missing ({', '.join(lost[:20])}): "
             f"{explain(failures[0])}. To go on, run: uv run prepare.py; without a network, set "
             'DATASET = "pysource" in prepare.py'
@@ -323,7 +324,7 @@ def fetch_flash_attention() -> None:
             say(f"no Flash Attention 3 ({failure!r:.300}); to try again: uv run prepare.py")
 
 
-# --- Tokenizer -------------------------------------------------------------------
+# --- Tokenizer ----------------------------
 
 SPECIAL_TOKENS = tuple(f"<|reserved_{n}|>" for n in range(4))  # number 0 is BOS
 SPLIT_PATTERN = (  # GPT-4's, but for numbers: at most 2 digits, for a small vocabulary
@@ -356,10 +357,8 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Smaller if the text does not hold as much."""
-        bpe = rustbpe.Tokenizer()
-        bpe.train_from_iterator(
-            iter(texts), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN
-        )
+        bpe, merged = rustbpe.Tokenizer(), vocab_size - len(SPECIAL_TOKENS)
+        bpe.train_from_iterator(iter(texts), merged, pattern=SPLIT_PATTERN)
         return cls({bytes(token): rank for token, rank in bpe.get_mergeable_ranks()})
 
     def lines(self) -> Iterator[bytes]:
@@ -388,11 +387,11 @@ class Tokenizer:
         return lengths_V
 
 
-# --- Token shards ----------------------------------------------------------------
-# A folder, named by a hash of the text and of how it is cut into tokens, holds vocabulary, tokens
-# and rows; a manifest, named by the constants, says which it uses: new rows need no new tokens.
+# --- Token shards -------------------------
+# A folder, named by a hash of the text's signature and of how it is cut into tokens, holds
+# vocabulary, tokens and rows; a manifest, named by the constants, says which it uses.
 
-FORMAT = 1  # raise it when you change how text is read, cut, encoded or packed
+FORMAT = 2  # raise it when you change how text is read, cut, encoded or packed
 
 
 class Prepared(NamedTuple):
@@ -411,10 +410,10 @@ class Prepared(NamedTuple):
 
 
 def manifest_path() -> Path:
-    if not (260 <= VOCAB_SIZE <= 65536 and 2 <= MAX_SEQ_LEN <= EVAL_TOKENS):
+    if not (260 <= VOCAB_SIZE <= 65536 and 2 <= MAX_SEQ_LEN <= EVAL_TOKENS // LEAST_ROWS):
         raise ValueError(
             f"prepare.py: {VOCAB_SIZE = } must be within 260 … 65536 and "
-            f"{MAX_SEQ_LEN = } within 2 … {EVAL_TOKENS = }"
+            f"{MAX_SEQ_LEN = } within 2 … {EVAL_TOKENS = } / {LEAST_ROWS}"
         )
     return dataset_directory() / f"f{FORMAT}-v{VOCAB_SIZE}-t{MAX_SEQ_LEN}-e{EVAL_TOKENS}.json"
 
@@ -425,7 +424,7 @@ def read_manifest(path: Path) -> Prepared:
 
 
 def open_prepared() -> Prepared:
-    """For the present constants; prepares what is not there yet."""
+    """For the present constants; prepares what is not there yet, but sees no change of text."""
     path = manifest_path()
     if not path.exists():
         say(f"{DATASET} is not prepared yet; doing it now, in {path.parent}")
@@ -439,7 +438,7 @@ def open_prepared() -> Prepared:
 def prepare(num_shards: int | None = None) -> Prepared:
     """Make what is missing, of so many training files (default: as before); a next call goes on.
 
-    Raises OSError, ValueError or RuntimeError that say what to do.
+    Raises OSError or ValueError that say what to do.
     """
     started_s, path = time.perf_counter(), manifest_path()
     SKIPPED.clear()
@@ -454,6 +453,7 @@ def prepare(num_shards: int | None = None) -> Prepared:
         for file in chain(*damaged, path.parent.rglob("*.tmp")):
             file.unlink(missing_ok=True)
         rows = f"rows-t{MAX_SEQ_LEN}-n{EVAL_TOKENS // MAX_SEQ_LEN}.bin"
+        # Generators: each begins when it is written, below, after the files before it.
         files = {TOKENIZER_FILE: learn_vocabulary(train.values())}
         files |= {f"train_{name}.bin": encode_all(read, folder) for name, read in train.items()}
         files |= {"val.bin": encode_all(validation, folder), rows: validation_rows(folder)}
@@ -480,9 +480,9 @@ def learn_vocabulary(train: Iterable[Reader]) -> Iterator[bytes]:
     """Lines of TOKENIZER_FILE, from the training split alone."""
 
     def texts(chars: int = 0) -> Iterator[str]:
-        for text in chain.from_iterable(read() for read in train):
-            chars += len(text[:BPE_DOCUMENT_CHARS])
-            yield text[:BPE_DOCUMENT_CHARS]
+        for text in (text[:BPE_DOCUMENT_CHARS] for read in train for text in read()):
+            chars += len(text)
+            yield text
             if chars >= BPE_CHARS:
                 return
 
@@ -523,7 +523,7 @@ def benchmark_id(prepared: Prepared) -> str:
     return f"{name}-v{VOCAB_SIZE}-t{MAX_SEQ_LEN}-{TIME_BUDGET}s-{content}"
 
 
-# --- Rows and loader -------------------------------------------------------------
+# --- Rows and loader ----------------------
 
 BUFFER_DOCUMENTS = 1000  # among which the packing chooses
 LEAST_ROWS = 16  # of validation text: fewer would measure nothing
@@ -537,13 +537,13 @@ def document_spans(tokens: np.ndarray, bos: int) -> tuple:
 
 
 def cut_long(starts, lengths, row_tokens: int) -> tuple:
-    """Cut documents into pieces that fill a row, and their rests; none without text."""
-    text = row_tokens - 1  # what a row has room for behind BOS
-    pieces = -(-(lengths - 1) // text)
-    first = np.repeat(np.cumsum(pieces) - pieces, pieces)
-    skipped = text * (np.arange(pieces.sum()) - first)
-    rest = np.repeat(lengths - 1, pieces) - skipped
-    return np.repeat(starts, pieces) + skipped, np.minimum(rest, text) + 1
+    """Spans of pieces that fill a row, and of rests: BOS, which `fill_row` writes, then text."""
+    room = row_tokens - 1  # behind BOS
+    num_pieces = -(-(lengths - 1) // room)  # 0 without text
+    first = np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+    skipped = room * (np.arange(num_pieces.sum()) - first)
+    rest = np.repeat(lengths - 1, num_pieces) - skipped
+    return np.repeat(starts, num_pieces) + skipped, np.minimum(rest, room) + 1
 
 
 def pack_rows(
@@ -568,17 +568,18 @@ def pack_rows(
                 return
             if keep and not row:
                 oldest = next(iter(queue))
-                wanted = queue[oldest][1], oldest
+                wanted = (queue[oldest][1], oldest)
             else:
-                wanted = waiting[max(bisect_right(waiting, (room, np.inf)) - 1, 0)][0], -1
+                fitting = bisect_right(waiting, (room, np.inf))
+                wanted = (waiting[max(fitting - 1, 0)][0], -1)  # the first of this length
             length, number = waiting.pop(bisect_left(waiting, wanted))
             start = queue[number][0]
             taken = min(length, room)
             row.append((start, taken))
             room -= taken
             if keep and taken < length:
-                queue[number] = start, length = start + taken - 1, length - taken + 1
-                insort(waiting, (length, number))
+                queue[number] = (start + taken - 1, length - taken + 1)
+                insort(waiting, (length - taken + 1, number))
             else:
                 del queue[number]
         yield row
@@ -593,8 +594,8 @@ def fill_row(pieces: list[tuple], tokens: np.ndarray, bos: int) -> np.ndarray:
 def training_rows(files: list[Path], row_tokens: int, bos: int) -> Iterator[tuple]:
     """Endless rows, each with its epoch: all pieces in an order that is the same in every run.
 
-    Before that, the first epoch serves the first pieces alone, where some documents have more: what
-    validation rows hold is then seen by a run that ends within an epoch.
+    Before them, also called epoch 1, come beginnings, which are what validation rows hold, for runs
+    that end within an epoch: the first pieces of all documents of a file, if some have more.
     """
     for turn in count():
         epoch, beginnings, row = max(turn, 1), turn == 0, None
@@ -648,7 +649,7 @@ def make_dataloader(
     return map(serve, count())
 
 
-# --- Evaluation ------------------------------------------------------------------
+# --- Evaluation ---------------------------
 
 LOGITS_AT_ONCE = 1 << 26  # more are turned into losses a slice at a time
 # An honest model repeats a loss to the last bit; what hides below is less than two seeds' spread.
@@ -727,7 +728,7 @@ def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
     secret = np.random.default_rng()  # seeded by the system: no model can foresee it
     for n in range(max(2, batches // BATCHES_PER_PROBE)):
         # Rows of any batch, at their places, with other tokens from a cut on: a look ahead shows
-        # before it. First those of the first, one left whole: there a look at other rows shows.
+        # before it. Probe 0, of batch 0, leaves one row whole: there a look at other rows shows.
         picks = secret.integers(batches if n else 1, size=B) * B + np.arange(B)
         cut_B1 = secret.integers(1, T, (B, 1))
         cut_B1[secret.integers(B)] += T * (n == 0)
@@ -768,11 +769,10 @@ def refuse_where(bad_BT, what: str, numbers) -> None:
         raise Refused(f"the model gave {what}: row {numbers[row]}, position {position}")
 
 
-# --- Command line ----------------------------------------------------------------
+# --- Command line -------------------------
 
 
-def say(line: str) -> None:
-    print(line, flush=True)
+say = partial(print, flush=True)
 
 
 def explain(failure: Exception) -> str:
@@ -789,7 +789,7 @@ def main() -> None:
         parser.error("--num-shards must be at least 1")
     try:
         prepared = prepare(num_shards)
-    except (OSError, ValueError, RuntimeError) as failure:
+    except (OSError, ValueError) as failure:
         sys.exit(f"error: {explain(failure)}")
     tokens = sum(map(prepared.manifest["bytes"].get, prepared.manifest["train"])) // 2
     say(f"tokens:    {tokens:,} to train on, {len(prepared.rows()):,} rows to validate on")

@@ -29,7 +29,7 @@ from torch import nn
 import prepare
 from prepare import MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, evaluate_bpb, make_dataloader
 
-# --- Hyperparameters -------------------------------------------------------------
+# --- Hyperparameters ----------------------
 
 
 def scale(gpu, small):
@@ -44,7 +44,7 @@ WINDOW_PATTERN = "SSSL"  # tiled over the layers: S short, L the whole row; the 
 SHORT_WINDOW = scale(1 / 2, 1)  # of a row
 ROTARY_BASE = 10_000
 LOGIT_SOFT_CAP = 15.0
-VALUE_EMBEDDING_EVERY = 2  # layers, counted back from the last one
+VALUE_EMBEDDING_EVERY = scale(2, 1)  # layers, counted back from the last one
 GATE_CHANNELS = 32  # of a layer's input; they steer its value embedding
 MLP_RATIO = 4  # width of an MLP's hidden layer, in widths of the model
 
@@ -75,12 +75,12 @@ WARMDOWN_RATIO = scale(0.5, 0.7)
 FINAL_LR_FRAC = 0.0
 SEED = os.environ.get("SEED", "42")  # a second one tells a gain from luck
 QUERY_BLOCK = 256  # queries at a time, where attention is written out
-WARMUP_STEPS = 2  # on weights that are thrown away
+TRIAL_STEPS = 2  # on weights that are thrown away
 MAX_LOSS = 100.0  # a run beyond it is ended
 LOG_LINES = 25
-HUNG_AFTER_S = TIME_BUDGET + 300  # of the clock, and of what comes before and after it
+HUNG_AFTER_S = TIME_BUDGET + 300  # each: before the clock, in it, after it
 
-# --- Model -----------------------------------------------------------------------
+# --- Model --------------------------------
 
 
 class GPTConfig(NamedTuple):
@@ -94,6 +94,7 @@ class GPTConfig(NamedTuple):
     n_embd: int
     window_pattern: str = "SSSL"
     short_window: float = 1 / 2
+    value_embedding_every: int = 2
 
     def windows(self) -> list[int]:
         """For each layer, how many tokens before itself a token sees."""
@@ -118,7 +119,7 @@ def uniform(weight: torch.Tensor, std: float) -> None:
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, kept in float32 and multiplied in the type of its input."""
+    """A matrix without bias, uniform or zero, in float32; multiplied in the type of its input."""
 
     def __init__(self, inputs: int, outputs: int, std: float = 0.0):
         super().__init__(inputs, outputs, bias=False)
@@ -140,7 +141,7 @@ class CausalSelfAttention(nn.Module):
         self.c_q, self.c_proj = Linear(C, C, std), Linear(C, C)
         self.c_k, self.c_v = Linear(C, kv_width, std), Linear(C, kv_width, std)
         self.value_embedding = None
-        if (config.n_layer - 1 - layer) % VALUE_EMBEDDING_EVERY == 0:
+        if (config.n_layer - 1 - layer) % config.value_embedding_every == 0:
             self.value_embedding = nn.Embedding(config.vocab_size, kv_width)
             uniform(self.value_embedding.weight, std)
             self.gate = Linear(min(GATE_CHANNELS, C), config.n_kv_head)
@@ -250,7 +251,7 @@ class GPT(nn.Module):
         return 6 * matrices + sum(12 * self.config.n_embd * w for w in self.config.windows())
 
 
-# --- Optimizer -------------------------------------------------------------------
+# --- Optimizer ----------------------------
 
 # Amsel et al., arXiv 2505.16932: a, b, c of X <- aX + (bA + cA²)X with A = XXᵀ, for 5 steps.
 POLAR_EXPRESS = (
@@ -303,7 +304,7 @@ class Muon(torch.optim.Optimizer):
             grad, weight = torch.stack(grads), torch.stack(params)
             if not group["step"]:
                 group["first"] = torch.zeros_like(grad)
-                # The longer side: the vectors along the shorter one come out of norm 1 anyway.
+                # A tall matrix comes out with columns of norm 1: its rows are to be evened out.
                 dim = -1 if grad.size(-2) >= grad.size(-1) else -2
                 group["second"] = torch.zeros_like(grad.mean(dim=dim, keepdim=True))
             start, end = group["momentum"]
@@ -342,7 +343,7 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     return [adamw, Muon([group for group in groups if "momentum" in group], model.dtype)]
 
 
-# --- Schedules -------------------------------------------------------------------
+# --- Schedules ----------------------------
 
 
 def lr_scale(progress: float) -> float:
@@ -364,7 +365,7 @@ def apply_schedules(optimizers: list[torch.optim.Optimizer], progress: float) ->
             group["weight_decay"] = decay * (1 - progress)
 
 
-# --- Platform --------------------------------------------------------------------
+# --- Platform -----------------------------
 
 # Dense bf16 products of the whole chip: datasheets, without sparsity. By words of the name.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989.5, "H200": 989.5, "B200": 2250, "A100": 312}
@@ -438,7 +439,7 @@ def written_out(q, k, v, window):
 
 
 def torch_sdpa(q, k, v, window):
-    """torch.nn.functional.scaled_dot_product_attention."""
+    """torch's own scaled_dot_product_attention."""
     T = q.size(1)
     mask = window_mask(T, window, q.device) if window < T - 1 else None
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -476,7 +477,7 @@ def attention_backends(platform: Platform) -> list[Callable]:
         return [written_out]
     if not platform.is_cuda or platform.dtype != torch.bfloat16:
         return [torch_sdpa, written_out]
-    best = [flash_attn_3] * prepare.runs_flash_attention_3()
+    best = [flash_attn_3] * prepare.runs_flash_attention_3()  # a loader, which `build` calls
     return [*best, torch_varlen, torch_sdpa, written_out]
 
 
@@ -498,7 +499,7 @@ def check_attention(attend: Callable, config: GPTConfig, platform: Platform) -> 
             raise ArithmeticError(f"its results are off by {error:.1e} at window {window}")
 
 
-# --- Training --------------------------------------------------------------------
+# --- Training -----------------------------
 
 
 class Run:
@@ -508,9 +509,9 @@ class Run:
         if not str(SEED).isdecimal():
             raise ValueError(f"SEED={SEED} is not a whole number; set one, or leave it out")
         self.seed, self.platform, self.tokenizer = int(SEED), platform, Tokenizer.from_directory()
-        heads = -(-DEPTH * ASPECT_RATIO // HEAD_DIM)
-        layers = (DEPTH, heads, heads, heads * HEAD_DIM, WINDOW_PATTERN, SHORT_WINDOW)
-        self.config = GPTConfig(MAX_SEQ_LEN, self.tokenizer.get_vocab_size(), *layers)
+        V, heads = self.tokenizer.get_vocab_size(), -(-DEPTH * ASPECT_RATIO // HEAD_DIM)
+        sizes = (MAX_SEQ_LEN, V, DEPTH, heads, heads, heads * HEAD_DIM)
+        self.config = GPTConfig(*sizes, WINDOW_PATTERN, SHORT_WINDOW, VALUE_EMBEDDING_EVERY)
         self.rows = min(DEVICE_BATCH_SIZE, max(1, TOTAL_BATCH_SIZE // MAX_SEQ_LEN))
         if TOTAL_BATCH_SIZE % (self.rows * MAX_SEQ_LEN):
             raise ValueError(
@@ -532,11 +533,11 @@ class Run:
         if compiled:
             self.model.compile()
         self.start_afresh()
-        for step in range(WARMUP_STEPS):
-            check_finite(self.take_step(1.0)[0].item(), step)
+        for step in range(TRIAL_STEPS):
+            check_finite(self.take_step(0.0)[0].item(), step)
         self.model.eval()
         with torch.no_grad():
-            self.model(next(self.batches)[0][:1].repeat(self.eval_rows, 1))
+            self.model(next(self.batches)[0][:1].repeat(self.eval_rows, 1))  # as evaluation does
         self.model.train()
         self.start_afresh()
 
@@ -575,9 +576,9 @@ def warm_up(run: Run) -> None:
         try:
             run.build()
             if not run.plans[0][1]:
-                print("not compiled, so slower: if a compiler is missing, install g++ or clang")
+                print("not compiled, for these reasons, so slower; is g++ or clang installed?")
             return
-        except FloatingPointError:
+        except FloatingPointError:  # of the loss: another plan gives no other
             raise
         except Exception as error:  # of a compiler, or its absence, of a device or a library
             traceback.clear_frames(error.__traceback__)
@@ -630,8 +631,8 @@ def train(run: Run) -> tuple[list[float], float, int]:
 
     while queued or used_s() < TIME_BUDGET:
         step = len(ends_s)  # the one to be read next, counted from 1
-        step_s = ends_s[-1] - ends_s[-2] if step > 1 else 0.0
-        if used_s() + len(queued) * step_s < TIME_BUDGET:
+        step_s = ends_s[-1] - ends_s[-2] if step > 1 else 0.0  # a queued one takes it too
+        if not queued or used_s() + step_s < TIME_BUDGET:
             loss, epoch = run.take_step(used_s() / TIME_BUDGET)
             queued.append((read_later(loss), epoch))
             if run.platform.is_cuda and step > 1 and len(queued) == 1:
@@ -652,7 +653,7 @@ def train(run: Run) -> tuple[list[float], float, int]:
     return ends_s, train_loss, epoch
 
 
-# --- Summary ---------------------------------------------------------------------
+# --- Summary ------------------------------
 
 
 def peak_memory_mb(platform: Platform) -> float:
@@ -709,7 +710,7 @@ def main() -> None:
         faulthandler.dump_traceback_later(HUNG_AFTER_S, exit=True)
         val_bpb = evaluate_bpb(run.model, run.tokenizer, run.eval_rows)
         summarize(run, trained, val_bpb, time.perf_counter() - started_s)
-    except (ArithmeticError, MemoryError, OSError, ValueError, RuntimeError) as failure:
+    except (ArithmeticError, MemoryError, OSError, ValueError) as failure:
         sys.exit(f"error: {prepare.explain(failure)}")
     finally:
         faulthandler.cancel_dump_traceback_later()

@@ -7,13 +7,17 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from train import GPT, GPTConfig, written_out
 
 FULL = GPTConfig(2048, 8192, 8, 4, 4, 512)
 REFERENCE = dict(
-    **dict(ROTARY_BASE=10_000, LOGIT_SOFT_CAP=15.0, VALUE_EMBEDDING_EVERY=2, GATE_CHANNELS=32),
+    **dict(ROTARY_BASE=10_000, LOGIT_SOFT_CAP=15.0, GATE_CHANNELS=32),
     **dict(MLP_RATIO=4, EMBEDDING_STD=1.0, HEAD_STD=0.001, MATRIX_STD=1.0),
     **dict(RESIDUAL_START=1.0, SKIP_START=0.1),
 )
@@ -71,13 +75,19 @@ def test_parameter_counts_and_flops_are_the_reference_figures():
     assert model.flops_per_token() == 6 * multiplied + 12 * 4 * 128 * windows == 239_078_400
 
 
-def test_between_the_scales_only_numbers_differ(monkeypatch):
-    """At most 14 of them, and none that decides what GPT makes of a GPTConfig."""
-    models, constants = [], []
-    for is_cuda in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda is_cuda=is_cuda: is_cuda)
+def at_scale(is_cuda: bool) -> ModuleType:
+    """train.py as it is on a machine with CUDA, or without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: is_cuda)
         module = ModuleType("train_at_a_scale")
         exec(Path(train.__file__).read_text(encoding="utf-8"), vars(module))
+    return module
+
+
+def test_between_the_scales_only_numbers_differ():
+    """At most 14 of them, and none that decides what GPT makes of a GPTConfig."""
+    models, constants = [], []
+    for module in (at_scale(True), at_scale(False)):
         models.append([(n, p.shape) for n, p in full_size(module).named_parameters()])
         named = {n: v for n, v in vars(module).items() if n.isupper() and type(v) is not type}
         constants.append(named)
@@ -86,6 +96,56 @@ def test_between_the_scales_only_numbers_differ(monkeypatch):
     differing = [name for name in one if one[name] != other[name]]
     assert 0 < len(differing) <= 14, differing
     assert all(isinstance(v[name], int | float) for v in constants for name in differing)
+
+
+def num_bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_the_gpu_scale_traced_without_a_gpu_has_its_shapes_and_types_and_fits(monkeypatch):
+    """On fake tensors, which hold no numbers, with torch's own fake of Flash Attention.
+
+    Its graphs are cut into forward and backward as the compiler's, by what is cheap to keep.
+    """
+    gpu, kept = at_scale(True), []
+
+    def forward(graph, inputs):
+        (output,) = graph.graph.find_nodes(op="output")
+        values = [
+            n.meta["val"] for n in dict.fromkeys(output.args[0]) if n and n.op != "placeholder"
+        ]
+        kept.append(num_bytes(v for v in values if isinstance(v, torch.Tensor)))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, **{**kw, "backend": backend}))
+    with FakeTensorMode():
+        model = gpu.GPT(gpu.GPTConfig(*FULL[:6]), gpu.torch_varlen, torch.bfloat16)
+        model.compile()
+        tokens = torch.zeros(gpu.DEVICE_BATCH_SIZE, 2048, dtype=torch.int64)
+        loss, optimizers = model(tokens, tokens), gpu.make_optimizers(model)
+        loss.backward()
+        assert (loss.shape, loss.dtype, len(kept)) == ((), torch.float32, 4)
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        without, with_embedding, last, head = kept
+        logits = num_bytes([torch.empty(*tokens.shape, 8192, dtype=torch.bfloat16)])
+        assert head < 1.1 * logits  # not in float32
+        for optimizer in optimizers:
+            optimizer.step()
+        # Weights, gradients and the optimizers' two means; what layers keep; the head's gradient.
+        peak = 4 * num_bytes(model.parameters()) + 4 * without + 3 * with_embedding + last
+        assert 20e9 < peak + head + logits < 30e9
+        with torch.no_grad():
+            logits = model(tokens[: gpu.EVAL_BATCH_SIZE])
+        assert logits.shape == (gpu.EVAL_BATCH_SIZE, 2048, 8192) and logits.dtype == torch.float32
+        assert num_bytes([logits]) < 3e9
+    torch.compiler.reset()
 
 
 # --- Against a second model, from FACTS.md's table: one head and one token at a time ---

@@ -125,6 +125,9 @@ def test_a_vocabulary_of_fewer_shards_is_not_used_for_more(own_text, tmp_path, m
     assert len(two.manifest["train"]) == 2 and two.manifest == fresh.manifest
     assert one.manifest["sha256"] != two.manifest["sha256"]
     assert prepare.prepare(num_shards=1) == one == prepare.open_prepared()
+    repository, train, held_out = prepare.HUB["climbmix"]
+    monkeypatch.setitem(prepare.HUB, "climbmix", (repository, train, [*held_out, 10]))
+    assert prepare.prepare(num_shards=1).manifest["sha256"] != one.manifest["sha256"]
 
 
 def test_a_file_that_is_gone_or_cut_short_is_an_error_and_prepare_mends_it(small, monkeypatch):
@@ -178,7 +181,7 @@ REMEDY = 'run: uv run prepare.py; without a network, set DATASET = "pysource" in
         ("DATASET", "climbmix", REMEDY),  # there is no network
         ("VOCAB_SIZE", 259, "VOCAB_SIZE = 259 must be within 260 … 65536"),
         ("VOCAB_SIZE", 65537, "VOCAB_SIZE = 65537 must be within 260 … 65536"),
-        ("EVAL_TOKENS", 31, "MAX_SEQ_LEN = 32 within 2 … EVAL_TOKENS = 31"),
+        ("EVAL_TOKENS", 511, "MAX_SEQ_LEN = 32 within 2 … EVAL_TOKENS = 511 / 16"),
         ("VALIDATION_SHARE", 0.01, "of 16 rows to validate on; bring 40,000 varied characters"),
     ],
 )
@@ -188,6 +191,16 @@ def test_what_cannot_be_is_an_error_that_says_what_to_do(own_text, monkeypatch, 
     monkeypatch.setattr(prepare, "RETRY_WAITS_S", (0.01,))
     monkeypatch.setattr(prepare, name, value)
     assert words in run_command(monkeypatch)
+
+
+def test_lines_are_documents_where_no_blank_line_parts_them(own_text, monkeypatch):
+    shutil.rmtree(own_text)
+    own_text.mkdir()
+    lines = [some_text(n, 1).replace("\n", " ") + "\n" for n in range(3000)]
+    (own_text / "names.txt").write_text("".join(lines), encoding="utf-8")
+    prepared = prepare.prepare()
+    served = "".join(documents_of(prepared)).splitlines(keepends=True)
+    assert sorted(served) == sorted(lines) and len(prepared.rows()) == 64
 
 
 @pytest.mark.parametrize("text", [None, "", " \n", "Too little. " * 1000])
@@ -202,6 +215,7 @@ def test_too_little_text_names_the_least_amount(own_text, monkeypatch, text):
     # 100 characters a token of the vocabulary, or 640 a token of a row.
     assert "bring 40,000 varied characters" in run_command(monkeypatch)
     monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 200)
+    monkeypatch.setattr(prepare, "EVAL_TOKENS", 16 * 200)
     assert "bring 128,000 varied characters" in run_command(monkeypatch)
     assert files_in(prepare.dataset_directory()) == {}
 

@@ -623,7 +623,7 @@ prepare.DATASET, prepare.VOCAB_SIZE, prepare.EVAL_TOKENS = {text!r}, 400, 64 * 3
 prepare.MAX_SEQ_LEN = train.MAX_SEQ_LEN = 32
 prepare.TIME_BUDGET = train.TIME_BUDGET = 2
 small = dict(DEPTH=2, ASPECT_RATIO=16, HEAD_DIM=16, TOTAL_BATCH_SIZE=512, DEVICE_BATCH_SIZE=8)
-small |= dict(WARMUP_STEPS=1, HUNG_AFTER_S=120)
+small |= dict(TRIAL_STEPS=1, HUNG_AFTER_S=120)
 for name, value in small.items():
     setattr(train, name, value)
 train.GPT.compile = lambda self: None  # takes a minute here

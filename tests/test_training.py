@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import weakref
+from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, call
@@ -30,7 +31,7 @@ def make_run(small, monkeypatch):
     monkeypatch.setattr(train.GPT, "compile", lambda self: None)
 
     def make(**constants) -> train.Run:
-        for name, value in {**TINY, "WARMUP_STEPS": 1, **constants}.items():
+        for name, value in {**TINY, "TRIAL_STEPS": 1, **constants}.items():
             monkeypatch.setattr(train, name, value)
         return train.Run(CPU)
 
@@ -97,6 +98,16 @@ def test_steps_are_inside_the_clock_and_the_last_overshoots_by_less_than_one(
         assert n * step_s / 10 - late - 1e-9 <= progress <= n * step_s / 10 + 1e-9
     if is_cuda:  # no pause between steps, from the second one on
         assert all(q < e for q, e in zip(world.queued_s[2:], world.ended_s[1:], strict=False))
+
+
+@pytest.mark.parametrize("is_cuda", [False, True])
+def test_a_budget_that_ends_between_any_two_looks_at_the_clock_loses_nothing(is_cuda, monkeypatch):
+    for looks in range(2, 60):  # after which the clock jumps beyond the budget
+        world, later_s = World(monkeypatch, 10, is_cuda, 0.1), chain([0.0] * looks, repeat(10.0))
+        now_s = lambda w=world, later_s=later_s: w.now_s + next(later_s)  # noqa: E731
+        monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=now_s))
+        ends_s, _, _ = train.train(world)
+        assert len(ends_s) == 1 + len(world.ended_s) and not world.unread
 
 
 @pytest.mark.parametrize("is_cuda", [False, True])
@@ -193,7 +204,7 @@ def test_warm_up_leaves_no_trace(make_run, monkeypatch):
     results, norm = [], train.norm
     monkeypatch.setattr(train, "norm", lambda x: norm(x) + 0 * torch.rand(()))  # it draws numbers
     for steps in (0, 3):
-        run = make_run(WARMUP_STEPS=steps, WARMDOWN_RATIO=0.0)  # steps at full rate
+        run = make_run(TRIAL_STEPS=steps, WARMDOWN_RATIO=0.0)  # steps at full rate
         warm_up(run)
         fresh, losses = weights_of(run), [run.take_step(n / 5)[0] for n in range(5)]
         inputs, targets, _ = next(run.batches)
@@ -251,10 +262,12 @@ def test_out_of_memory_in_evaluation_is_found_in_warm_up(make_run, monkeypatch):
         warm_up(run)
 
 
-def test_a_mistake_in_the_model_is_raised_in_the_end(make_run, monkeypatch):
-    monkeypatch.setattr(train, "norm", None)
-    with pytest.raises(TypeError, match="not callable"):
-        warm_up(make_run())
+@pytest.mark.parametrize("mistake", [lambda x: None + x, lambda x: x @ x, lambda x: x.view(7)])
+def test_a_mistake_in_the_model_ends_with_the_line_that_holds_it(mistake, whole, monkeypatch):
+    monkeypatch.setattr(train, "norm", mistake)
+    with pytest.raises((TypeError, RuntimeError)) as failure:
+        whole()
+    assert failure.traceback[-1].path == Path(__file__)
 
 
 def test_what_a_failed_try_left_is_let_go_before_the_next(make_run, monkeypatch):
@@ -332,7 +345,7 @@ def test_a_break_in_a_graph_is_never_silent_and_where_nothing_compiles_all_runs_
     *refused, last = capsys.readouterr().out.splitlines()
     for name, line in zip(("torch_sdpa", "written_out"), refused, strict=True):
         assert line.startswith(f"not {name}, compiled: Unsupported: ") and len(line) < 200
-    assert last == "not compiled, so slower: if a compiler is missing, install g++ or clang"
+    assert last == "not compiled, for these reasons, so slower; is g++ or clang installed?"
 
 
 @pytest.mark.parametrize("slowed", range(3))
