@@ -67,9 +67,10 @@ def test_files_arrive_whole_and_once_and_the_first_before_another_is_asked_for(h
     assert [request.name for request in hub.endpoint.asked] == [VALIDATION, *NAMES]
 
 
-def test_a_file_in_a_folder_of_the_repository_arrives(hub, tmp_path):
-    prepare.download(REPOSITORY, [f"data/{VALIDATION}"], tmp_path / "raw")
-    assert (tmp_path / "raw" / "data" / VALIDATION).read_bytes() == WHOLE
+def test_a_file_in_a_folder_of_the_repository_arrives(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "receive", lambda url, part: part.write_bytes(WHOLE) and None)
+    prepare.download(REPOSITORY, ["data/one.parquet"], tmp_path / "raw")
+    assert (tmp_path / "raw/data/one.parquet").read_bytes() == WHOLE
 
 
 def test_token_goes_to_the_endpoint_and_never_to_the_content_host(hub, tmp_path, monkeypatch):
