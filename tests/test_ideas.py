@@ -6,6 +6,7 @@ They are examples of what an agent writes in a night; each is trained for a few 
 from pathlib import Path
 from types import ModuleType
 
+import bench_gpu
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,6 +138,13 @@ def test_an_idea_is_written_in_two_places_at_most_and_learns(name):
     trial = Trial(IDEAS[name])
     assert trial.losses[-1] < 0.8 * trial.losses[0]
     assert {p for g in trial.groups for p in g["params"]} == set(trial.model.parameters())
+
+
+def test_the_variants_of_bench_gpu_are_found_in_the_code():
+    for constants in (*bench_gpu.VARIANTS.values(), *bench_gpu.PAIRS.values(), bench_gpu.TINY):
+        for name in constants:
+            known = hasattr(train, name) or hasattr(train.prepare, name)
+            assert known if name.isidentifier() else SOURCE.count(name) == 1, name
 
 
 def test_each_idea_does_what_it_says():

@@ -174,12 +174,12 @@ def slow_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
         x = own["residual_scale"] * x + own["skip_scale"] * x0
         y, out = unit(x), torch.zeros(T, heads * D).double()
         q, k, v = (y @ own[f"attn.c_{part}.weight"].T for part in "qkv")
-        if (config.n_layer - layer) % 2:
+        if (config.n_layer - 1 - layer) % config.value_embedding_every == 0:
             gate_TH = 2 * torch.sigmoid(y[:, :32] @ own["attn.gate.weight"].T)
             table = own["attn.value_embedding.weight"]
             v = v + gate_TH.repeat_interleave(D, dim=1) * table[tokens]
         whole = layer == config.n_layer - 1 or config.window_pattern[layer % 4] == "L"
-        window = T if whole else config.sequence_len // 2
+        window = T if whole else int(config.sequence_len * config.short_window)
         for head in range(heads):
             mine, its = slice(head * D, head * D + D), slice(head // per_key * D, None)
             queries = [unit(turned(q[t, mine], t)) for t in range(T)]
@@ -197,7 +197,10 @@ def slow_logits(model: GPT, tokens: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"n_kv_head": 2}, {"n_kv_head": 1, "n_layer": 3}, {"n_layer": 1}, {"n_embd": 64}],
+    [
+        *({}, {"n_kv_head": 2}, {"n_kv_head": 1, "n_layer": 3}, {"n_layer": 1}, {"n_embd": 64}),
+        {"short_window": 1 / 4, "value_embedding_every": 1},
+    ],
     ids=str,
 )
 def test_logits_are_those_of_the_model_written_out(changes):
