@@ -335,16 +335,13 @@ def test_a_break_in_a_graph_is_never_silent_and_where_nothing_compiles_all_runs_
     assert last == "not compiled, so slower: if a compiler is missing, install g++ or clang"
 
 
-@pytest.mark.parametrize("slowed", range(3))
-def test_the_backend_does_not_depend_on_how_long_each_takes(slowed, make_run, monkeypatch):
-    now_s, backends = [0.0], [torch_sdpa, written_out, lambda *args: torch_sdpa(*args)]
-    function = backends[slowed]
+def test_the_backend_does_not_depend_on_how_long_each_takes(make_run, monkeypatch):
+    now_s, backends = [0.0], [lambda *args: slow(*args), torch_sdpa, written_out]
 
     def slow(*args):
         now_s[0] += 100
-        return function(*args)
+        return torch_sdpa(*args)
 
-    backends[slowed] = slow
     for name in ("perf_counter", "monotonic", "time", "process_time"):
         monkeypatch.setattr(train.time, name, lambda: now_s[0])
     monkeypatch.setattr(train, "attention_backends", lambda platform: backends)
@@ -352,11 +349,6 @@ def test_the_backend_does_not_depend_on_how_long_each_takes(slowed, make_run, mo
     warm_up(run)
     assert run.plans == [(attend, way) for way in (True, False) for attend in backends]
     assert run.model.blocks[0].attn.attend is backends[0]
-
-
-def test_a_model_that_is_nan_from_the_start_ends_in_warm_up(make_run):
-    with pytest.raises(FloatingPointError, match="loss nan at step 0"):
-        warm_up(make_run(SKIP_START=math.nan))
 
 
 # --- Summary ---
@@ -441,24 +433,6 @@ def test_a_run_ends_with_the_summary_of_weights_touched_by_timed_steps_alone(
     values = dict(re.fullmatch(r"(\w+): +(\S.*)", line).groups() for line in tail.splitlines())
     assert list(values) == SUMMARY and 0 < float(values["val_bpb"]) < 8
     assert 0.5 <= float(values["training_seconds"]) < float(values["total_seconds"])
-
-
-def test_nan_ends_the_run_with_one_line_and_no_summary(whole, capsys, monkeypatch):
-    take_step, losses = train.Run.take_step, []
-
-    def diverging(run, progress):
-        loss, epoch = take_step(run, progress)
-        losses.append(loss)
-        return (loss * math.nan if len(losses) == 4 else loss), epoch  # one is warm-up's
-
-    monkeypatch.setattr(train.Run, "take_step", diverging)
-    monkeypatch.setattr(train, "TIME_BUDGET", 60)
-    with pytest.raises(SystemExit) as ended:
-        whole()
-    # A string given to sys.exit is printed on standard error, and the status is 1.
-    assert ended.value.code == "error: loss nan at step 3"
-    out = capsys.readouterr().out
-    assert "---" not in out and "val_bpb" not in out
 
 
 def run_python(code: str, tmp_path, **environment) -> subprocess.CompletedProcess:
