@@ -1,12 +1,13 @@
 """The platform: device and compute type, attention against a loop, and the choice by rule."""
 
-import ast
 import inspect
 import io
+import itertools
 import math
-import os
+import re
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -65,10 +66,9 @@ def slow_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, win
     """Packed sequences (tokens, H, D), one after the other, as torch documents varlen_attn."""
     assert cu_seq_q.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k)
     assert window_size[1] == 0, "causal"
-    assert query.shape == key.shape == value.shape, "grouped heads are not everywhere understood"
     ends = cu_seq_q.tolist()
-    assert ends[0] == 0 and ends[-1] == len(query)
-    spans = list(zip(ends, ends[1:], strict=False))
+    assert ends[0] == 0 and ends[-1] == len(query) == len(key) == len(value)
+    spans = list(itertools.pairwise(ends))
     assert max_q == max_k == max(end - start for start, end in spans)
     window = window_size[0] if window_size[0] >= 0 else len(query)
     rows = [loop(*(t[None, a:b] for t in (query, key, value)), window)[0] for a, b in spans]
@@ -77,17 +77,12 @@ def slow_varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, win
 
 @pytest.fixture
 def varlen(monkeypatch):
-    """torch.nn.attention.varlen with a slow varlen_attn, called by the real one's signature."""
-    signature = inspect.signature(pytest.importorskip("torch.nn.attention.varlen").varlen_attn)
-
-    def checked(*args, **kwargs):
-        if "window_size" in signature.parameters:  # since torch 2.11
-            signature.bind(*args, **kwargs)
-        return slow_varlen_attn(*args, **kwargs)
-
-    module = ModuleType("torch.nn.attention.varlen")
-    module.varlen_attn = checked
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    """torch's varlen_attn in slow, called by the real one's signature."""
+    module = pytest.importorskip("torch.nn.attention.varlen")
+    slow = create_autospec(module.varlen_attn, side_effect=slow_varlen_attn)
+    if "window_size" not in inspect.signature(module.varlen_attn).parameters:
+        slow = slow_varlen_attn  # torch before 2.11, where the next backend is taken
+    monkeypatch.setattr(module, "varlen_attn", slow)
 
 
 # --- Backends ---
@@ -109,13 +104,10 @@ def test_flash_attention_3_is_read_from_where_prepare_fetched_it_to(gives, monke
         assert causal and window_size[1] == 0
         return gives(loop(q, k, v, window_size[0]).to(q.dtype))
 
-    def get_local_kernel(path):
-        assert path == "where it lies"
-        return SimpleNamespace(flash_attn_func=flash_attn_func)
-
-    module = ModuleType("kernels")  # nothing else in it: a run asks no network
-    module.get_local_kernel = get_local_kernel
-    monkeypatch.setitem(sys.modules, "kernels", module)
+    found = {"where it lies": SimpleNamespace(flash_attn_func=flash_attn_func)}
+    # Nothing else is in it: a run asks no network.
+    kernels = SimpleNamespace(get_local_kernel=found.__getitem__)
+    monkeypatch.setitem(sys.modules, "kernels", kernels)
     monkeypatch.setattr(prepare, "flash_attention_3", lambda: "where it lies")
     agree_with_loop(flash_attn_3(), 5)
 
@@ -224,14 +216,7 @@ def test_threads_are_no_more_than_a_containers_quota(quota, wanted, machine, mon
     assert torch.get_num_threads() == wanted
 
 
-def test_the_allocator_is_told_before_torch_is_loaded(monkeypatch):
-    """The head of train.py, down to the import of torch, is run."""
-    body = ast.parse(inspect.getsource(train)).body
-    torch_at = next(i for i, n in enumerate(body) if ast.unparse(n) == "import torch")
-    head = compile(ast.Module(body[:torch_at], []), "train.py", "exec")
-    for own, wanted in (("", "expandable_segments:True"), ("a person's own", "a person's own")):
-        monkeypatch.setenv("PYTORCH_ALLOC_CONF", own)
-        if not own:
-            monkeypatch.delenv("PYTORCH_ALLOC_CONF")
-        exec(head, {})
-        assert os.environ["PYTORCH_ALLOC_CONF"] == wanted
+def test_the_allocator_is_told_before_torch_is_loaded_unless_a_person_told_it():
+    head, _, _ = inspect.getsource(train).partition("\nimport torch\n")
+    line = 'os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")'
+    assert re.search(f"^{re.escape(line)}", head, re.M)

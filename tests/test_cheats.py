@@ -321,7 +321,7 @@ def test_tokenizer_with_other_tokens_is_refused_and_its_lengths_are_not_asked_fo
 
 
 @pytest.mark.parametrize("which", ["tokenizer.tiktoken", "rows"])
-def test_altered_file_is_refused_and_the_remedy_in_the_message_works(which, small):
+def test_altered_file_is_refused_and_with_its_hash_is_another_benchmark(which, small):
     expected, tokenizer = score(Uniform()), prepare.Tokenizer.from_directory()
     file = small.tokens / small.manifest.get(which, which)
     content = bytearray(file.read_bytes())
@@ -331,17 +331,13 @@ def test_altered_file_is_refused_and_the_remedy_in_the_message_works(which, smal
     with refused(f"{file.name} was altered") as refusal:
         prepare.evaluate_bpb(model, tokenizer, 8)
     assert model.calls == 0, "scored before the files were checked"
+    before = prepare.benchmark_id(small)
+    small.manifest["sha256"][file.name] = hashlib.sha256(content).hexdigest()
+    prepare.manifest_path().write_text(json.dumps(small.manifest))
+    assert prepare.benchmark_id(prepare.open_prepared()) != before
+    # The remedy in the message works.
     folder, command = str(refusal.value).split("remove ")[1].split(", run: ")
     assert command == "uv run prepare.py"
     shutil.rmtree(folder)
     prepare.prepare()
     assert score(Uniform()) == expected
-
-
-@pytest.mark.parametrize("which", ["tokenizer.tiktoken", "rows"])
-def test_file_altered_together_with_its_hash_is_another_benchmark(which, small):
-    before = prepare.benchmark_id(small)
-    name = small.manifest.get(which, which)
-    small.manifest["sha256"][name] = hashlib.sha256(b"easy").hexdigest()
-    prepare.manifest_path().write_text(json.dumps(small.manifest))
-    assert prepare.benchmark_id(prepare.open_prepared()) != before

@@ -72,11 +72,7 @@ def test_only_copies_from_pinned_memory_are_not_waited_for(small, monkeypatch, d
         copies.append((tensor.data_ptr() in pinned, non_blocking, torch.device(device).type))
         return tensor
 
-    def pin_memory(tensor):
-        pinned.append(tensor.data_ptr())
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t.data_ptr()) or t)
     monkeypatch.setattr(torch.Tensor, "to", to)
     next(loader(device=device))
     assert copies == [(device == "cuda", device == "cuda", device)] * 2
