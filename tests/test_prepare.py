@@ -4,11 +4,10 @@ import errno
 import gzip
 import json
 import os
-import re
 import shutil
 import sys
-import types
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import numpy as np
 import pyarrow
@@ -180,13 +179,20 @@ REMEDY = 'run: uv run prepare.py; without a network, set DATASET = "pysource" in
         ("VOCAB_SIZE", 65537, "VOCAB_SIZE = 65537 must be within 260 … 65536"),
         ("EVAL_TOKENS", 31, "MAX_SEQ_LEN = 32 within 2 … EVAL_TOKENS = 31"),
         ("VALIDATION_SHARE", 0.01, "of 16 rows to validate on; bring 40,000 varied characters"),
+        ("AUTORESEARCH_CACHE", __file__, "set AUTORESEARCH_CACHE to a folder that you may use"),
+        ("table.parquet", None, r"has no column `text`; its columns: ['words', 'n']"),
     ],
 )
 def test_what_cannot_be_is_an_error_that_says_what_to_do(own_text, monkeypatch, name, value, words):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(prepare, "RETRY_WAITS_S", (0.01,))
-    monkeypatch.setattr(prepare, name, value)
+    if name == "AUTORESEARCH_CACHE":
+        monkeypatch.setenv(name, value)
+    elif value is None:
+        write_parquet(own_text / name, words=["one"], n=[1])
+    else:
+        monkeypatch.setattr(prepare, name, value)
     assert words in run_command(monkeypatch)
 
 
@@ -204,18 +210,6 @@ def test_too_little_text_names_the_least_amount(own_text, monkeypatch, text):
     monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 200)
     assert "bring 128,000 varied characters" in run_command(monkeypatch)
     assert files_in(prepare.dataset_directory()) == {}
-
-
-def test_a_cache_that_cannot_be_written_says_what_to_do(own_text, tmp_path, monkeypatch):
-    (tmp_path / "a file").write_text("")
-    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "a file"))
-    remedy = "set AUTORESEARCH_CACHE to a folder that you may use"
-    assert remedy in run_command(monkeypatch)
-
-
-def test_parquet_without_a_text_column_names_its_columns(own_text, monkeypatch):
-    write_parquet(own_text / "table.parquet", words=["one"], n=[1])
-    assert re.search(r"table.parquet has no column `text`.*words", run_command(monkeypatch))
 
 
 def test_documents_come_from_every_kind_of_file_and_what_is_odd_is_counted(own_text, capsys):
@@ -265,10 +259,10 @@ def test_documents_come_from_every_kind_of_file_and_what_is_odd_is_counted(own_t
 
 
 def test_rows_of_a_parquet_file_can_be_chosen(tmp_path):
-    texts = [f"text {n}" for n in range(5000)]
-    write_parquet(tmp_path / "table.parquet", text=texts)
-    assert list(prepare.parquet_texts(tmp_path / "table.parquet", 1000, 2500)) == texts[1000:2500]
-    assert list(prepare.parquet_texts(tmp_path / "table.parquet", 4990)) == texts[4990:]
+    file, texts = tmp_path / "table.parquet", [f"text {n}" for n in range(5000)]
+    write_parquet(file, text=texts)
+    assert list(prepare.parquet_texts(file, 1000, 2500)) == texts[1000:2500]
+    assert list(prepare.parquet_texts(file, 4990)) == texts[4990:]
 
 
 def test_one_big_file_is_a_data_set(own_text, tmp_path, monkeypatch):
@@ -313,11 +307,8 @@ def test_command_ends_with_what_is_there_and_what_to_type_next(own_text, monkeyp
 
 
 def test_flash_attention_is_fetched_while_preparing_where_it_runs(small, monkeypatch, capsys):
-    def install_kernel(repository, version):
-        asked.append((repository, version))
-        raise ValueError("no network\nand a second line")
-
-    kernels, asked = types.SimpleNamespace(install_kernel=install_kernel), []
+    kernels = Mock()
+    kernels.install_kernel.side_effect = ValueError("no network\nand a second line")
     monkeypatch.setitem(sys.modules, "kernels", kernels)
     nowhere, here = [(None, None), ((10, 0), None), ((9, 0), "6")], [((8, 6), None), ((9, 0), None)]
     for capability, hip in nowhere + here:
@@ -325,7 +316,8 @@ def test_flash_attention_is_fetched_while_preparing_where_it_runs(small, monkeyp
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu=capability: gpu)
         monkeypatch.setattr(torch.version, "hip", hip)
         assert prepare.prepare() == small  # a failure ends nothing
-    assert asked == [("kernels-community/flash-attn3", 1)] * len(here)
+    asked = [call.install_kernel("kernels-community/flash-attn3", version=1)]
+    assert kernels.mock_calls == asked * len(here)
     lines = [line for line in capsys.readouterr().out.splitlines() if "Flash" in line]
     assert len(lines) == 2
     assert all("no network" in line and "uv run prepare.py" in line for line in lines)

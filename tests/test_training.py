@@ -228,45 +228,18 @@ def full_over(rows: int, failure: Exception, monkeypatch, in_eval: bool = False)
     "rows, fitting, wanted, failure",
     [(8, 3, 2, FULL), (5, 4, 1, FULL), (12, 4, 3, FULL), (8, 1, 1, RuntimeError(CUBLAS))],
 )
-def test_out_of_memory_halves_the_rows_and_keeps_the_total(
+def test_out_of_memory_halves_the_rows_keeps_the_total_and_lets_go_of_what_failed(
     rows, fitting, wanted, failure, make_run, monkeypatch, capsys
 ):
-    run = make_run(DEVICE_BATCH_SIZE=rows, TOTAL_BATCH_SIZE=rows * 32)
+    run, held = make_run(DEVICE_BATCH_SIZE=rows, TOTAL_BATCH_SIZE=rows * 32), []
     full_over(fitting, failure, monkeypatch)
-    warm_up(run)
-    assert run.rows == wanted and run.micro_batches * wanted == rows
-    assert next(run.batches)[0].shape == (wanted, 32)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"out of memory: DEVICE_BATCH_SIZE {wanted}, {rows // wanted} micro-batches"
-    assert run.plans[0] == (written_out, True)  # it says nothing about the backend
-
-
-def test_out_of_memory_in_evaluation_is_found_in_warm_up(make_run, monkeypatch):
-    run = make_run(EVAL_BATCH_SIZE=8)
-    full_over(4, FULL, monkeypatch, in_eval=True)
-    warm_up(run)
-    assert run.eval_rows == 4
-    full_over(0, FULL, monkeypatch)
-    with pytest.raises(torch.OutOfMemoryError):  # not even one row fits
-        warm_up(run)
-
-
-def test_a_mistake_in_the_model_is_raised_in_the_end(make_run, monkeypatch):
-    monkeypatch.setattr(train, "norm", None)
-    with pytest.raises(TypeError, match="not callable"):
-        warm_up(make_run())
-
-
-def test_what_a_failed_try_left_is_let_go_before_the_next(make_run, monkeypatch):
-    run, held = make_run(DEVICE_BATCH_SIZE=8), []
-    full_over(4, FULL, monkeypatch)
     init, reset = train.GPT.__init__, torch.compiler.reset
 
     def remembered(model, *args):
         init(model, *args)
         held.extend(map(weakref.ref, [model, *model.parameters()]))
 
-    def checked():
+    def checked():  # before the next try
         assert held and all(thing() is None for thing in held)
         held.clear()
         reset()
@@ -274,27 +247,31 @@ def test_what_a_failed_try_left_is_let_go_before_the_next(make_run, monkeypatch)
     monkeypatch.setattr(train.GPT, "__init__", remembered)
     monkeypatch.setattr(torch.compiler, "reset", checked)
     warm_up(run)
-    assert run.rows == 4 and held
+    assert held and run.rows == wanted and run.micro_batches * wanted == rows
+    assert next(run.batches)[0].shape == (wanted, 32)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"out of memory: DEVICE_BATCH_SIZE {wanted}, {rows // wanted} micro-batches"
+    assert run.plans[0] == (written_out, True)  # it says nothing about the backend
+
+
+def test_out_of_memory_in_evaluation_is_found_in_warm_up_and_what_no_try_mends_is_raised(
+    make_run, monkeypatch
+):
+    run = make_run(EVAL_BATCH_SIZE=8)
+    full_over(4, FULL, monkeypatch, in_eval=True)
+    warm_up(run)
+    assert run.eval_rows == 4
+    full_over(0, FULL, monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):  # not even one row fits
+        warm_up(run)
+    monkeypatch.setattr(train, "norm", None)
+    with pytest.raises(TypeError, match="not callable"):  # a mistake in the model
+        warm_up(run)
 
 
 # --- Backends: by rule, compiled first ---
 
 REAL_COMPILE = train.GPT.compile
-
-
-@pytest.fixture
-def tracing(make_run, monkeypatch):
-    """A function that makes a run with these backends, whose layers torch.compile only traces."""
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, **{**kw, "backend": "eager"}))
-    monkeypatch.setattr(train.GPT, "compile", REAL_COMPILE)
-
-    def make(*backends) -> train.Run:
-        monkeypatch.setattr(train, "attention_backends", lambda platform: list(backends))
-        return make_run(SHORT_WINDOW=1 / 2)
-
-    yield make
-    torch.compiler.reset()
 
 
 def eagerly_alone(q, k, v, window):
@@ -307,27 +284,30 @@ def off_by_one(q, k, v, window):
     return torch_sdpa(q, k, v, window - 1)
 
 
-def test_what_works_eagerly_alone_is_followed_by_the_next_compiled(tracing, capsys):
-    run = tracing(eagerly_alone, off_by_one, torch_sdpa, written_out)
+def test_what_does_not_compile_whole_gives_way_to_what_does_and_else_all_runs_eagerly(
+    make_run, monkeypatch, capsys
+):
+    compile, norm = torch.compile, train.norm  # layers are only traced
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, **{**kw, "backend": "eager"}))
+    monkeypatch.setattr(train.GPT, "compile", REAL_COMPILE)
+    backends = [eagerly_alone, off_by_one, torch_sdpa, written_out]
+    monkeypatch.setattr(train, "attention_backends", lambda platform: backends)
+    run = make_run(SHORT_WINDOW=1 / 2)
     warm_up(run)
     assert run.plans[0] == (torch_sdpa, True)
     one, other = capsys.readouterr().out.splitlines()
     assert one.startswith("not eagerly_alone, compiled: ") and len(one) < 200
     assert other.startswith("not off_by_one, compiled: ArithmeticError: its results are off by")
 
-
-def test_a_break_in_a_graph_is_never_silent_and_where_nothing_compiles_all_runs_eagerly(
-    tracing, monkeypatch, capsys
-):
-    norm = train.norm
-
     def broken(x):
         torch._dynamo.graph_break()
         return norm(x)
 
     monkeypatch.setattr(train, "norm", broken)
-    run = tracing(torch_sdpa, written_out)
+    del backends[:2]
+    run = train.Run(CPU)
     warm_up(run)
+    torch.compiler.reset()
     assert run.plans == [(torch_sdpa, False), (written_out, False)]
     *refused, last = capsys.readouterr().out.splitlines()
     for name, line in zip(("torch_sdpa", "written_out"), refused, strict=True):
