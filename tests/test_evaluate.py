@@ -1,7 +1,7 @@
 """The metric: against a slow evaluation in float64 and arithmetic by hand; honest models pass.
 
 The slow evaluation shares no code with prepare.py: from the text files and the raw ranks file on,
-it splits, encodes, packs and scores by the definitions in its own words.
+it splits, packs and scores by the definitions in its own words; tiktoken alone encodes for both.
 """
 
 import base64
@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 import pytest
-import regex
+import tiktoken
 import torch
 import torch.nn.functional as F
 from test_cheats import score
@@ -28,27 +28,18 @@ ODD_TEXTS = [
 ]
 
 
-def encode_by_hand(text: str, numbers: dict[bytes, int]) -> list[int]:
-    """BPE: in each match of the pattern join the pair with the lowest number, while any."""
-    encoded = []
-    for piece in regex.findall(prepare.SPLIT_PATTERN, text):
-        parts = [bytes([byte]) for byte in piece.encode()]
-        while joined := [a + b for a, b in itertools.pairwise(parts) if a + b in numbers]:
-            best = min(joined, key=numbers.get)
-            i = [a + b for a, b in itertools.pairwise(parts)].index(best)
-            parts[i : i + 2] = [best]
-        encoded += [numbers[part] for part in parts]
-    return encoded
-
-
 def validation_by_hand(folder, numbers: dict[bytes, int]) -> list[list[int]]:
     """Rows from the text files: those whose text's hash falls into the lowest tenth."""
+    special = {"BOS": len(numbers)}
+    bpe = tiktoken.Encoding(
+        "own", pat_str=prepare.SPLIT_PATTERN, mergeable_ranks=numbers, special_tokens=special
+    )
     documents = []
     for path in sorted(folder.iterdir()):
         text = path.read_bytes().decode("utf-8", errors="replace")
         digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         if int(digest, 16) < 2**64 / 10:
-            documents.append([len(numbers), *encode_by_hand(text, numbers)])
+            documents.append([bpe.n_vocab - 1, *bpe.encode_ordinary(text)])
     rows = slow_rows([len(document) for document in documents], prepare.MAX_SEQ_LEN + 1)
     rows = [[token for n, taken in row for token in documents[n][:taken]] for row in rows]
     return rows[: prepare.EVAL_TOKENS // prepare.MAX_SEQ_LEN]

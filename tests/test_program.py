@@ -331,24 +331,18 @@ def test_rows_come_from_the_log_and_from_git_and_stand_in_plain_git_log(night):
 @pytest.fixture(scope="session")
 def comma_locale(tmp_path_factory):
     """Environment of a locale that writes 0,5."""
-    known = subprocess.run(["locale", "-a"], capture_output=True, text=True).stdout.split()
-    for name in known:
-        if re.fullmatch(r"(de_DE|fr_FR)\.utf-?8", name, re.I):
-            return {"LC_ALL": name, "LANG": name}
-    if not shutil.which("localedef"):
-        pytest.skip("no locale with a decimal comma here")
     folder = tmp_path_factory.mktemp("locale")
+    locale = {"LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8"}
     command = ["localedef", "-i", "de_DE", "-f", "UTF-8", str(folder / "de_DE.UTF-8")]
-    if subprocess.run(command, capture_output=True).returncode > 1:
-        pytest.skip("no locale with a decimal comma here")
-    return {"LOCPATH": str(folder), "LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8"}
+    if shutil.which("localedef") and subprocess.run(command, capture_output=True).returncode < 2:
+        locale["LOCPATH"] = str(folder)
+    command = ["bash", "-c", "printf '%.1f' 0,5"]
+    shown = subprocess.run(command, env={**os.environ, **locale}, capture_output=True).stdout
+    return locale if shown == b"0,5" else pytest.skip("no locale with a decimal comma here")
 
 
 def test_a_locale_with_a_comma_changes_nothing(night, comma_locale):
     night.environment |= comma_locale
-    command = ["bash", "-c", "printf '%.1f' 0,5"]
-    assert subprocess.check_output(command, env=night.environment) == b"0,5"
-    night.change("wider")
     night.run(score="0.991234")
     night.record()
     assert night.table()[-1][1:3] == ["0.991234", "44.0"]
@@ -436,19 +430,13 @@ def test_every_block_of_the_readme_runs(block, shell, tmp_path):
 
 
 def test_uv_commands_name_what_exists():
-    known_tools = {"pytest", "jupyter-execute", "ruff"}
-    commands = re.findall(r"uv run ([^\n`#>&;|]+)", "\n".join([PROGRAM, README]))
+    commands = re.findall(r"uv run (?:--with \S+ )?([^\n`#>&;|]+)", PROGRAM + README)
+    tools = {"jupyter", *(path.name for path in Path(sys.executable).parent.iterdir())}
     assert commands
-    for command in commands:
-        words = command.split()
-        if words[0] == "--with":
-            words = words[2:]
-        assert words[0].endswith(".py") or words[0] in {*known_tools, "jupyter"}, command
-        for word in words:
-            if word.endswith((".py", ".ipynb")):
-                assert (ROOT / word).exists(), command
-    installed = Path(sys.executable).parent
-    assert all((installed / tool).exists() for tool in known_tools if tool in README)
+    for first, *others in map(str.split, commands):
+        assert first in tools or first.endswith(".py"), first
+        files = [word for word in (first, *others) if word.endswith((".py", ".ipynb"))]
+        assert all((ROOT / file).exists() for file in files), files
 
 
 def test_the_options_that_the_readme_names_are_prepares(monkeypatch, capsys):
