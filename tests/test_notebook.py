@@ -1,7 +1,5 @@
 """analysis.ipynb on the tables that a night, or somebody else, can leave behind."""
 
-import itertools
-import math
 from pathlib import Path
 
 import matplotlib
@@ -161,20 +159,3 @@ def test_tables_stand_side_by_side_each_with_its_own_noise(analyse):
     assert scales == dict.fromkeys("abc", scales["a"])
     lines = {" ".join(text.get_text().split()[:2]) for text in found["fig"].texts}
     assert {"#3 -0.0600", "#3 -0.1000"} <= lines  # of b: 1.85 - 1.75
-
-
-def test_every_text_is_inside_the_picture_and_numbers_stay_apart(analyse):
-    scores = [1.8 - 0.1 * math.log(run) for run in range(1, 26)]
-    rows = [f"a{n}\t{score:.6f}\t2.0\tkeep\t{'long ' * 40}" for n, score in enumerate(scores)]
-    rows += [f"b{n}\t1.5\t2.0\tdiscard\tidea" for n in range(100)]
-    found = analyse("\n".join(rows), picture=True)
-    fig, ax = found["fig"], found["axes"][0]
-    fig.canvas.draw()
-    # The glyphs' own boxes: an annotation's would hold its arrow too.
-    numbers = [plt.Text.get_window_extent(text).shrunk(0.9, 0.9) for text in ax.texts]
-    assert len(numbers) == found["LISTED"]
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(numbers, 2))
-    for text in [*fig.texts, *ax.texts, *fig.legends[0].get_texts(), ax.yaxis.label]:
-        (x0, y0), (x1, y1) = plt.Text.get_window_extent(text).get_points()
-        assert 0 <= x0 and x1 <= fig.bbox.x1 and 0 <= y0 and y1 <= fig.bbox.y1, text
-        assert text.get_fontsize() >= 9  # 10 pixels where the picture is 800 wide
