@@ -112,23 +112,21 @@ def test_flash_attention_3_is_read_from_where_prepare_fetched_it_to(gives, monke
     agree_with_loop(flash_attn_3(), 5)
 
 
-def a_wrong_gradient(q, k, v, window):
-    return loop(q, k, v, window).to(q.dtype) + (v - v.detach())
-
-
 WRONG = {
-    "window off by one": lambda q, k, v, window: loop(q, k, v, max(0, window - 1)).to(q.dtype),
-    "right in one window alone": lambda q, k, v, window: loop(q, k, v, 4).to(q.dtype),
-    "right results, wrong gradients": a_wrong_gradient,
+    "window off by one": lambda q, k, v, window: loop(q, k, v, max(0, window - 1)),
+    "right in one window alone": lambda q, k, v, window: loop(q, k, v, 4),
+    "right results, wrong gradients": lambda q, k, v, window: (
+        loop(q, k, v, window) + v - v.detach()
+    ),
     "not a number": lambda q, k, v, window: (q + k + v) * math.nan,
-    "not causal": lambda q, k, v, window: loop(*(x.flip(1) for x in (q, k, v)), T).to(q.dtype),
+    "not causal": lambda q, k, v, window: loop(*(x.flip(1) for x in (q, k, v)), T),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_results_and_gradients_are_found(name):
     with pytest.raises(ArithmeticError, match="^its results are off by .* at window [49]$"):
-        check_attention(WRONG[name], config_for(4, 9), HERE)
+        check_attention(lambda *a: WRONG[name](*a).float(), config_for(4, 9), HERE)
 
 
 # --- Device, compute type and backend: by rule ---
@@ -170,10 +168,8 @@ def machine(monkeypatch):
         ("mps", dict(mps=True), F32, [torch_sdpa, written_out]),
         ("mps", dict(mps=True, newer=True), B16, [torch_sdpa, written_out]),
         ("cuda", dict(capability=(8, 0)), B16, FLASH_FIRST),
-        ("cuda", dict(capability=(8, 9)), B16, FLASH_FIRST),
         ("cuda", dict(capability=(9, 0)), B16, FLASH_FIRST),
         ("cuda", dict(capability=(10, 0)), B16, FLASH_FIRST[1:]),
-        ("cuda", dict(capability=(12, 0)), B16, FLASH_FIRST[1:]),
         ("cuda", dict(capability=(7, 5)), F32, FLASH_FIRST[2:]),
         ("cuda", dict(capability=(9, 4), hip="6.4"), B16, FLASH_FIRST[1:]),  # MI300X
         ("cuda", dict(capability=(9, 0), hip="6.4"), B16, FLASH_FIRST[1:]),  # MI250
@@ -189,8 +185,7 @@ def test_type_and_backends_by_device_and_capability(device, what, dtype, backend
 
 # NVIDIA's datasheets: dense bf16, without sparsity; 0 for chips that the table does not know.
 PEAKS = {
-    **{"NVIDIA H100 80GB HBM3": 989.5, "NVIDIA H100 PCIe": 756, "NVIDIA H200": 989.5},
-    **{"NVIDIA A100-SXM4-80GB": 312, "NVIDIA A100 80GB PCIe": 312, "NVIDIA B200": 2250},
+    **{"NVIDIA H100 80GB HBM3": 989.5, "NVIDIA H100 PCIe": 756, "NVIDIA A100-SXM4-80GB": 312},
     **{"NVIDIA H100 NVL": 0, "NVIDIA RTX A1000": 0, "NVIDIA H100 80GB HBM3 MIG 1g.10gb": 0},
 }
 

@@ -162,21 +162,6 @@ def test_what_is_no_matrix_of_the_layers_goes_to_adamw_by_itself(monkeypatch):
     assert not any(torch.equal(p, was) for p, was in zip(params, before, strict=True))
 
 
-def test_an_edit_of_the_weights_between_steps_survives_the_next(monkeypatch):
-    """Averaging, clipping, fresh starts: there is no other copy of the weights."""
-    monkeypatch.setattr(train, "FINAL_LR_FRAC", 0.0)
-    model = tiny(torch.bfloat16)
-    optimizers, params = make_optimizers(model), list(model.parameters())
-    for progress in (0.0, 1.0):  # at 1, with a floor of 0, rates are 0 and nothing moves
-        with torch.no_grad():
-            for p in params:
-                p.mul_(0.5).add_(0.01)
-        edited = [p.detach().clone() for p in params]
-        train.apply_schedules(optimizers, progress)
-        step(optimizers, params)
-    assert all(torch.equal(p, was) for p, was in zip(params, edited, strict=True))
-
-
 # --- Schedules ---
 
 
