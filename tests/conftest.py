@@ -15,7 +15,6 @@ Where DESIGN.md's laws are tested:
 11 same path              test_attention (by rule, however slow), test_training
 """
 
-import os
 import random
 import socket
 
@@ -97,9 +96,3 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def run_environment(tmp_path) -> dict:
-    """For a subprocess: this environment with a cache and a home of its own, one thread."""
-    home = {"HOME": str(tmp_path), "AUTORESEARCH_CACHE": str(tmp_path / "cache")}
-    return {**os.environ, **home, "OMP_NUM_THREADS": "1"}

@@ -83,6 +83,8 @@ def test_figures_and_picture_are_those_worked_out_by_hand(analyse):
     assert head.endswith("MORE than the noise: a gain of 0.1200 is 6.0 times 0.0200")
     assert "#3   -0.0600  double the matrix learning rate" in below
     assert "#4   +0.0100  rotary base 200,000" in below and "2 runs since the best, #9" in below
+    names = {text.get_text() for text in found["fig"].legends[0].get_texts()}
+    assert {"baseline", "best so far", "kept", "noise", "off the scale", "crashed"} < names
     low, high = found["axes"][0].get_ylim()
     assert low < 1.69 and 1.82 < high < 2  # jjj scored 9, bbb 0: they squash nothing
 
@@ -92,7 +94,10 @@ def test_the_mean_is_a_commits_score_and_its_last_row_the_verdict(analyse):
     assert [*found["kept"].score, *found["noise"]] == pytest.approx([1.75, 0.1])
     assert found["verdict"].startswith("NOT more than the noise: a gain of 0.0000")
     rows = "a\t1.80\t2\tkeep\tbaseline\nb\t1.79\t2\tkeep\tidea\nb\t1.85\t2\tdiscard\tidea\n"
-    assert list(analyse(rows)["kept"].score) == [1.80]
+    found = analyse(rows)
+    assert list(found["kept"].score) == [1.80]
+    assert "a guess" not in found["verdict"]
+    assert "a guess: no commit was run twice" in analyse(rows[: rows.index("b")])["verdict"]
     rows = "a\t1.80\t2\tkeep\tbaseline\nb\t1.79\t2\tdiscard\tidea\nb\t1.75\t2\tkeep\tidea\n"
     assert list(analyse(rows)["kept"].score) == pytest.approx([1.80, 1.77])
 
@@ -140,16 +145,6 @@ def test_quotes_tabs_dollars_and_windows_line_ends_harm_nothing(analyse):
     assert found["malformed"].empty
     assert found["kept"].description.iloc[-2] == "a stray tab, and another 1.2"
     assert list(found["kept"].gain)[-3:] == pytest.approx([0.09, 0.1, 0.1])
-
-
-def test_legend_names_only_what_is_drawn(analyse):
-    found = analyse("a\t1.80\t2\tkeep\tbaseline\n", picture=True)
-    names = {text.get_text() for text in found["fig"].legends[0].get_texts()}
-    assert names == {"baseline", "best so far", "kept"}  # no noise was measured
-    assert "a guess: no commit was run twice" in found["verdict"]
-    legend = analyse(NIGHT, picture=True)["fig"].legends[0]
-    names ^= {text.get_text() for text in legend.get_texts()}
-    assert names == {"noise", "range of its runs", "discarded", "off the scale", "crashed"}
 
 
 def test_tables_stand_side_by_side_each_with_its_own_noise(analyse):
