@@ -295,21 +295,15 @@ def test_rows_come_from_the_log_and_from_git_and_stand_in_plain_git_log(night):
         assert [line.strip() for line in notes.splitlines() if line.strip()] == own
 
 
-@pytest.fixture(scope="session")
-def comma_locale(tmp_path_factory):
-    """Environment of a locale that writes 0,5."""
-    folder = tmp_path_factory.mktemp("locale")
-    locale = {"LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8"}
-    command = ["localedef", "-i", "de_DE", "-f", "UTF-8", str(folder / "de_DE.UTF-8")]
-    if shutil.which("localedef") and subprocess.run(command, capture_output=True).returncode < 2:
-        locale["LOCPATH"] = str(folder)
+def test_a_locale_with_a_comma_changes_nothing(night):
+    night.environment |= {"LC_ALL": "de_DE.UTF-8", "LANG": "de_DE.UTF-8"}
+    folder, command = night.folder.parent, ["localedef", "-i", "de_DE", "-f", "UTF-8"]
+    if shutil.which("localedef"):
+        made = subprocess.run([*command, str(folder / "de_DE.UTF-8")], capture_output=True)
+        night.environment |= {"LOCPATH": str(folder)} if made.returncode < 2 else {}
     command = ["bash", "-c", "printf '%.1f' 0,5"]
-    shown = subprocess.run(command, env={**os.environ, **locale}, capture_output=True).stdout
-    return locale if shown == b"0,5" else pytest.skip("no locale with a decimal comma here")
-
-
-def test_a_locale_with_a_comma_changes_nothing(night, comma_locale):
-    night.environment |= comma_locale
+    if subprocess.run(command, env=night.environment, capture_output=True).stdout != b"0,5":
+        pytest.skip("no locale with a decimal comma here")
     night.run(score="0.991234")
     night.record()
     assert night.table()[-1][1:3] == ["0.991234", "44.0"]

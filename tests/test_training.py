@@ -368,14 +368,8 @@ def test_a_run_ends_with_the_summary_of_weights_touched_by_timed_steps_alone(
 
 
 def run_python(code: str, tmp_path) -> subprocess.CompletedProcess:
-    """In a process of its own, with the same prepared text."""
-    constants = f"""
-import os, time, prepare
-prepare.DATASET, prepare.VOCAB_SIZE = {prepare.DATASET!r}, {prepare.VOCAB_SIZE}
-prepare.MAX_SEQ_LEN, prepare.EVAL_TOKENS = {prepare.MAX_SEQ_LEN}, {prepare.EVAL_TOKENS}
-"""
     return subprocess.run(
-        [sys.executable, "-c", constants + code],
+        [sys.executable, "-c", f"import os, sys, time\n{code}"],
         cwd=Path(train.__file__).parent,
         env={**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -384,9 +378,10 @@ prepare.MAX_SEQ_LEN, prepare.EVAL_TOKENS = {prepare.MAX_SEQ_LEN}, {prepare.EVAL_
     )
 
 
-def test_a_hung_run_is_ended_and_says_where_it_hung(small, tmp_path):
+def test_a_hung_run_is_ended_and_says_where_it_hung(tmp_path):
     hung = """
-import train
+import prepare, train
+prepare.open_prepared = lambda: None
 train.HUNG_AFTER_S = 1
 def never_ends(self, platform):
     time.sleep(60)
@@ -402,8 +397,7 @@ train.main()
 def test_importing_does_nothing(tmp_path):
     """No network, no clock, no file written, no process started, nothing put on a GPU."""
     watched = """
-import sys
-import numpy, torch, torch.optim.adamw
+import prepare, torch.optim.adamw
 del sys.modules["prepare"]  # but what it imports stays
 def refused(*args):
     raise AssertionError("the clock was read")
@@ -415,7 +409,7 @@ def watch(event, args):
 vars(time).update(dict.fromkeys(("time", "perf_counter", "monotonic", "process_time"), refused))
 sys.addaudithook(watch)
 import train
-assert not torch.cuda.is_initialized()
+assert not train.torch.cuda.is_initialized()
 print("nothing", flush=True)
 os._exit(0)
 """
