@@ -10,20 +10,13 @@ from unittest.mock import Mock, create_autospec
 
 import pytest
 import torch
+from test_training import CPU
 
 import prepare
 import train
-from train import (
-    Platform,
-    check_attention,
-    flash_attn_3,
-    torch_sdpa,
-    torch_varlen,
-    written_out,
-)
+from train import check_attention, flash_attn_3, torch_sdpa, torch_varlen, written_out
 
 T = 9
-HERE = Platform(torch.device("cpu"), torch.float32, "test", 0.0, False)
 
 
 def config_for(*windows: int) -> SimpleNamespace:
@@ -94,7 +87,7 @@ def test_each_backend_sees_a_token_and_a_window_before_it(attend, window, varlen
     agree_with_loop(attend, window)
     agree_with_loop(attend, window, T=5)  # a row shorter than the longest
     for dtype in (torch.float32, torch.bfloat16):
-        check_attention(attend, config_for(max(1, window)), HERE._replace(dtype=dtype))
+        check_attention(attend, config_for(max(1, window)), CPU._replace(dtype=dtype))
 
 
 @pytest.mark.parametrize("gives", [lambda y: y, lambda y: (y, "log-sum-exp")], ids=["y", "pair"])
@@ -125,7 +118,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_results_and_gradients_are_found(name):
     with pytest.raises(ArithmeticError, match="^its results are off by .* at window [49]$"):
-        check_attention(lambda *a: WRONG[name](*a).float(), config_for(4, 9), HERE)
+        check_attention(lambda *a: WRONG[name](*a).float(), config_for(4, 9), CPU)
 
 
 # --- Device, compute type and backend: by rule ---

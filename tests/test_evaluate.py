@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from test_cheats import score
 from test_rows import slow_rows
+from test_training import CUBLAS, FULL
 
 import prepare
 
@@ -139,14 +140,9 @@ def test_evaluation_leaves_no_trace(small, monkeypatch):
     assert [module.training for module in model.modules()] == modes
 
 
-OUT_OF_MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory"),
-    RuntimeError("inductor: out of memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-]
-
-
-@pytest.mark.parametrize("failure", OUT_OF_MEMORY)
+@pytest.mark.parametrize(
+    "failure", [FULL, RuntimeError("inductor: out of memory"), RuntimeError(CUBLAS)]
+)
 def test_out_of_memory_halves_the_batch_and_says_so(failure, small, capsys):
     logits_VV = torch.randn(400, 400, generator=torch.Generator().manual_seed(0))
     expected = score(Table(logits_VV))

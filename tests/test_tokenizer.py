@@ -13,8 +13,7 @@ import prepare
 @given(text=st.text(max_size=50))
 @example(text="敏捷的棕色狐狸 😀👩‍👩‍👧‍👦🇫🇷 𠜎 12,345\n\tisn't\r\n")
 @example(text=b"caf\xe9 \xff\xfe \xf0\x9f\x98 half".decode(errors="replace"))
-@example(text=" " * 150_000)  # on which tiktoken's regular expression would run out of stack
-@example(text="0" * 150_000 + "\u3000" * 150_000 + "😀" * 40_000)
+@example(text=" " * 1_000_000)  # tiktoken's regular expression would run out of stack
 def test_any_text_comes_back_and_its_bytes_are_counted(tokenizer, text):
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
