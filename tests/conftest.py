@@ -11,8 +11,8 @@ Where DESIGN.md's laws are tested:
  7 importing does nothing test_training
  8 quiet logs             test_training, test_program
  9 small                  test_program (lines, bytes), test_ideas (one idea, one place)
-10 a plain baseline       test_model (parameters, a second model), test_program (numbers)
-11 same path              test_attention (by rule, however slow), test_training
+10 a plain baseline       test_model (parameters, a second model, numbers of the two scales)
+11 same path              test_attention (by rule), test_training (however slow a backend is)
 """
 
 import random

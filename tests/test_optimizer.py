@@ -167,7 +167,6 @@ def test_what_is_no_matrix_of_the_layers_goes_to_adamw_by_itself(monkeypatch):
         (0.0, 0.5, 0.1, {0: 1, 0.2: 1, 0.5: 1, 0.75: 0.55, 1: 0.1}),
         (0.2, 0.5, 0.0, {0: 0, 0.1: 0.5, 0.2: 1, 0.5: 1, 1: 0}),
         (0.0, 0.0, 0.0, {0: 1, 0.5: 1, 1: 1}),
-        (0.0, 1.0, 0.0, {0: 1, 0.5: 0.5, 1: 0}),
     ],
 )
 def test_rates_rise_stay_and_fall_linearly(warmup, warmdown, floor, wanted, monkeypatch):

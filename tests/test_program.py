@@ -464,12 +464,8 @@ def test_a_real_run_from_an_empty_cache_is_read_and_recorded(tmp_path, own_text)
     (tmp_path / "tools" / "sleep").write_text(FAKE_SLEEP.replace("1000", "10"))
     wrapper = tmp_path / "wrapper.py"
     wrapper.write_text(WRAPPER.format(root=str(ROOT), text=str(own_text)))
-    night.environment |= {
-        "AUTORESEARCH_CACHE": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "PYTHON": sys.executable,
-        "WRAPPER": str(wrapper),
-    }
+    night.environment |= {"AUTORESEARCH_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    night.environment |= {"PYTHON": sys.executable, "WRAPPER": str(wrapper)}
     night.say(the_command("--allow-empty"))
     baseline = night.git("rev-parse", "--short", "HEAD").strip()
     lines = night.run("score", seed=43)

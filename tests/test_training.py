@@ -368,14 +368,10 @@ def test_a_run_ends_with_the_summary_of_weights_touched_by_timed_steps_alone(
 
 
 def run_python(code: str, tmp_path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", f"import os, sys, time\n{code}"],
-        cwd=Path(train.__file__).parent,
-        env={**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-c", f"import os, sys, time\n{code}"]
+    env = {**os.environ, "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    streams = dict(capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=Path(train.__file__).parent, env=env, **streams)
 
 
 def test_a_hung_run_is_ended_and_says_where_it_hung(tmp_path):
