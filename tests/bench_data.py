@@ -6,7 +6,6 @@ Loaders are timed by the processor's seconds in all threads (one core's work, ho
 machine), tokenizing and opening by the clock.
 """
 
-import resource
 import statistics
 import sys
 import time
@@ -16,8 +15,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import prepare  # noqa: E402
-
-ROWS = 16  # in a batch
 
 
 def median_s(run, clock=time.perf_counter) -> float:
@@ -32,20 +29,18 @@ def median_s(run, clock=time.perf_counter) -> float:
 def main() -> None:
     tokenizer = prepare.Tokenizer.from_directory()
     print(f"opening what is prepared: {1000 * median_s(prepare.open_prepared):.1f} ms (< 300)")
-    for T, target in ((2048, 20), (256, 10)):
-        batches = prepare.make_dataloader(tokenizer, ROWS, T, "train", "cpu")
+    for B, T, target in ((16, 2048, 20), (16, 256, 10)):
+        batches = prepare.make_dataloader(tokenizer, B, T, "train", "cpu")
         next(batches)  # what is done once, such as filling a buffer, is not counted
-        number = 3_000_000 // (ROWS * T)
+        number = 3_000_000 // (B * T)
         seconds = median_s(lambda b=batches, n=number: list(islice(b, n)), time.process_time)
-        rate = number * ROWS * T / seconds / 1e6
+        rate = number * B * T / seconds / 1e6
         print(f"loader, T {T}, one core: {rate:.1f} M tokens/s (>= {target})")
     sample = list(islice(next(iter(prepare.find_documents(None)[0].values()))(), 5000))
     folder = prepare.open_prepared().tokens
     seconds = median_s(lambda: sum(map(len, prepare.encode_all(lambda: iter(sample), folder))))
     rate = sum(len(text.encode()) for text in sample) / seconds / 1e6
     print(f"tokenizing, all cores: {rate:.1f} MB/s (>= 25 on 2 cores)")
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # from kB, as Linux gives it
-    print(f"peak memory of all this: {peak_mb:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ Where DESIGN.md's laws are tested:
  7 importing does nothing test_training
  8 quiet logs             test_training, test_program
  9 small                  test_program (lines, bytes), test_ideas (one idea, one place)
-10 a plain baseline       test_model (parameters, a second model), test_program (numbers)
-11 same path              test_attention (by rule, however slow), test_training
+10 a plain baseline       test_model (parameters, a second model, numbers of the two scales)
+11 same path              test_attention (by rule), test_training (however slow a backend is)
 """
 
-import os
 import random
 import socket
 
@@ -97,9 +96,3 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def run_environment(tmp_path) -> dict:
-    """For a subprocess: this environment with a cache and a home of its own, one thread."""
-    home = {"HOME": str(tmp_path), "AUTORESEARCH_CACHE": str(tmp_path / "cache")}
-    return {**os.environ, **home, "OMP_NUM_THREADS": "1"}

@@ -104,7 +104,6 @@ def send(
     most: int | None = None,
     then: Callable[[Handler], object] = lambda request: None,
     ranges: bool = True,
-    chunked: bool = False,
     piece_s: float = 0,
 ) -> None:
     """The content host: the bytes asked for, through `change`, up to `most` of them, and `then`."""
@@ -119,11 +118,7 @@ def send(
             return request.answer(416, Content_Range=f"bytes */{len(body)}")
         status, headers["Content-Range"] = 206, f"bytes {first}-{len(body) - 1}/{len(body)}"
         body = body[first:]
-    if chunked:  # the length is unknown to the end
-        request.start(status, headers | {"Transfer-Encoding": "chunked"})
-        body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
-    else:
-        request.start(status, headers | {"Content-Length": str(len(body))})
+    request.start(status, headers | {"Content-Length": str(len(body))})
     body = body[:most]
     for start in range(0, len(body), 1 << 13):
         request.server.hub.closing.wait(piece_s)
@@ -131,9 +126,7 @@ def send(
     return then(request)
 
 
-def sends(**how) -> Callable:
-    """As `send` does, but for what is named."""
-    return partial(send, **how)
+sends = partial(partial, send)  # as `send` does, but for what is named
 
 
 def status(code: int, body: bytes = b"", **headers: str) -> Callable:

@@ -128,7 +128,6 @@ def test_any_number_of_breaks_is_outlasted_while_bytes_come(hub, tmp_path, monke
         ("ETag", REPOSITORY, FLIP, 2),
         (None, REPOSITORY, SHORTER, 2),  # no digest: but it is no parquet file
         (None, REPOSITORY, sends(), 1),  # the content host's own ETag is no SHA-256
-        ("ETag", REPOSITORY, sends(chunked=True), 1),  # its length is unknown
     ],
 )
 def test_wrong_bytes_are_fetched_again(hub, tmp_path, header, repository, fault, tries):

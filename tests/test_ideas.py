@@ -16,74 +16,62 @@ import train
 SOURCE = Path(train.__file__).read_text(encoding="utf-8")
 BOS = 46  # of 50 tokens, the last 4 are special
 
-TABLE_OF_THE_TOKEN_BEFORE = [
-    (
-        "        self.blocks = nn.ModuleList(",
-        "        self.before = nn.Embedding(config.vocab_size, config.n_embd)\n"
-        "        nn.init.zeros_(self.before.weight)\n"
-        "        self.blocks = nn.ModuleList(",
-    ),
-    ("self.wte(idx)", "(self.wte(idx) + self.before(F.pad(idx, (1, 0))[:, :-1]))"),
-]
-
-GAIN_IN_EVERY_LAYER = [
-    (
-        "        self.mlp = MLP(config)\n",
-        "        self.mlp = MLP(config)\n"
-        "        self.gain = nn.Parameter(torch.ones(config.n_embd))\n",
-    ),
-    ("x + self.mlp(norm(x))", "x + self.mlp(self.gain.to(x.dtype) * norm(x))"),
-]
-
-TIED_HEAD = [
-    (
-        "        self.lm_head = Head(config)\n",
-        "        self.lm_head = Head(config)\n        self.wte.weight = self.lm_head.weight\n",
-    ),
-]
-
-Z_LOSS = [
-    (
-        "        return loss.view_as(targets)",
-        "        z_loss = 1e-2 * logits.logsumexp(-1).square()\n"
-        "        loss = loss + (z_loss.mean() if reduction == 'mean' else z_loss.flatten())\n"
-        "        return loss.view_as(targets)",
-    ),
-]
-
-DOCUMENT_MASK = [  # written out; on a GPU, varlen_attn with the starts of documents is faster
-    (
-        "        self.window, self.attend =",
-        "        self.bos = config.vocab_size - 4  # the first of 4 special tokens\n"
-        "        self.window, self.attend =",
-    ),
-    (
-        "        return self.c_proj(self.attend(q, k, v, self.window).reshape(B, T, C))",
-        "        document = (idx == self.bos).cumsum(1)\n"
-        "        seen = window_mask(T, self.window, x.device)\n"
-        "        seen = seen & (document[:, :, None] == document[:, None])\n"
-        "        q, k, v = (t.transpose(1, 2) for t in (q, k, v))\n"
-        "        y = F.scaled_dot_product_attention(q, k, v, seen[:, None]).transpose(1, 2)\n"
-        "        return self.c_proj(y.reshape(B, T, C))",
-    ),
-]
-
-RATE_OF_THE_QUERIES = [
-    (
-        "        dict(params=matrices,",
-        "        dict(params=[block.attn.c_q.weight for block in blocks], lr=2 * MATRIX_LR,\n"
-        "             momentum=(0.9, 0.9), weight_decay=0.0),\n"
-        "        dict(params=matrices,",
-    ),
-]
-
 IDEAS = {
-    "table of the token before": TABLE_OF_THE_TOKEN_BEFORE,
-    "gain in every layer": GAIN_IN_EVERY_LAYER,
-    "tied head": TIED_HEAD,
-    "z-loss": Z_LOSS,
-    "document mask": DOCUMENT_MASK,
-    "rate of the queries": RATE_OF_THE_QUERIES,
+    "table of the token before": [
+        (
+            "        self.blocks = nn.ModuleList(",
+            "        self.before = nn.Embedding(config.vocab_size, config.n_embd)\n"
+            "        nn.init.zeros_(self.before.weight)\n"
+            "        self.blocks = nn.ModuleList(",
+        ),
+        ("self.wte(idx)", "(self.wte(idx) + self.before(F.pad(idx, (1, 0))[:, :-1]))"),
+    ],
+    "gain in every layer": [
+        (
+            "        self.mlp = MLP(config)\n",
+            "        self.mlp = MLP(config)\n"
+            "        self.gain = nn.Parameter(torch.ones(config.n_embd))\n",
+        ),
+        ("x + self.mlp(norm(x))", "x + self.mlp(self.gain.to(x.dtype) * norm(x))"),
+    ],
+    "tied head": [
+        (
+            "        self.lm_head = Head(config)\n",
+            "        self.lm_head = Head(config)\n        self.wte.weight = self.lm_head.weight\n",
+        ),
+    ],
+    "z-loss": [
+        (
+            "        return loss.view_as(targets)",
+            "        z_loss = 1e-2 * logits.logsumexp(-1).square()\n"
+            "        loss = loss + (z_loss.mean() if reduction == 'mean' else z_loss.flatten())\n"
+            "        return loss.view_as(targets)",
+        ),
+    ],
+    "document mask": [  # written out; on a GPU, varlen_attn with the starts of documents is faster
+        (
+            "        self.window, self.attend =",
+            "        self.bos = config.vocab_size - 4  # the first of 4 special tokens\n"
+            "        self.window, self.attend =",
+        ),
+        (
+            "        return self.c_proj(self.attend(q, k, v, self.window).reshape(B, T, C))",
+            "        document = (idx == self.bos).cumsum(1)\n"
+            "        seen = window_mask(T, self.window, x.device)\n"
+            "        seen = seen & (document[:, :, None] == document[:, None])\n"
+            "        q, k, v = (t.transpose(1, 2) for t in (q, k, v))\n"
+            "        y = F.scaled_dot_product_attention(q, k, v, seen[:, None]).transpose(1, 2)\n"
+            "        return self.c_proj(y.reshape(B, T, C))",
+        ),
+    ],
+    "rate of the queries": [
+        (
+            "        dict(params=matrices,",
+            "        dict(params=[block.attn.c_q.weight for block in blocks], lr=2 * MATRIX_LR,\n"
+            "             momentum=(0.9, 0.9), weight_decay=0.0),\n"
+            "        dict(params=matrices,",
+        ),
+    ],
 }
 
 
@@ -128,10 +116,6 @@ class Trial:
         (group,) = [g for g in self.groups if any(p is parameter for p in g["params"])]
         return group
 
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            return self.model(tokens)
-
 
 @pytest.mark.parametrize("name", IDEAS)
 def test_an_idea_is_written_in_two_places_at_most_and_learns(name):
@@ -148,36 +132,35 @@ def test_the_variants_of_bench_gpu_are_found_in_the_code():
 
 
 def test_each_idea_does_what_it_says():
-    plain, tied = Trial([]), Trial(TIED_HEAD)
-    looked_up = Trial(TABLE_OF_THE_TOKEN_BEFORE)
+    plain, tied = Trial([]), Trial(IDEAS["tied head"])
+    looked_up = Trial(IDEAS["table of the token before"])
     assert looked_up.group_of("before.weight") is looked_up.group_of("wte.weight")
     assert looked_up.model.flops_per_token() == plain.model.flops_per_token()
-    gain = Trial(GAIN_IN_EVERY_LAYER).group_of("blocks.1.gain")
+    gain = Trial(IDEAS["gain in every layer"]).group_of("blocks.1.gain")
     assert gain["betas"] == train.ADAM_BETAS
     assert tied.group_of("wte.weight")["lr"] == plain.group_of("lm_head.weight")["lr"]
     parameters = [sum(p.numel() for p in trial.model.parameters()) for trial in (plain, tied)]
     assert parameters[0] - parameters[1] == 50 * 32
     assert tied.model.flops_per_token() == plain.model.flops_per_token()  # it multiplies, once
-    queries = Trial(RATE_OF_THE_QUERIES)
+    queries = Trial(IDEAS["rate of the queries"])
     own, others = (queries.group_of(f"blocks.0.attn.c_{part}.weight") for part in "qk")
     assert own["lr"] == 2 * others["lr"] and own["step"] == others["step"] == 12
     assert own["weight_decay"] == 0 < others["weight_decay"] and own["momentum"] == (0.9, 0.9)
 
 
 def test_a_z_loss_is_in_the_loss_and_not_in_the_logits():
-    trial = Trial(Z_LOSS)
+    trial = Trial(IDEAS["z-loss"])
     idx, targets = trial.rows[:, :-1], trial.rows[:, 1:]
-    logits = trial.logits(idx)
-    nats_BT = F.cross_entropy(logits.mT, targets, reduction="none")
-    wanted = nats_BT + 1e-2 * logits.logsumexp(-1).square()
+    logits = trial.model(idx)
+    wanted = F.cross_entropy(logits.mT, targets, reduction="none")
+    wanted = wanted + 1e-2 * logits.logsumexp(-1).square()
     torch.testing.assert_close(trial.model(idx, targets), wanted.mean())
     torch.testing.assert_close(trial.model(idx, targets, "none"), wanted)
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_with_a_document_mask_none_sees_another(masked):
-    trial = Trial(DOCUMENT_MASK if masked else [])
+def test_with_a_document_mask_none_sees_another():
     rows = torch.tensor([[BOS, 1, 2, 3, BOS, 4, 5, 6], [BOS, 7, 8, 9, BOS, 4, 5, 6]])
-    one, other = trial.logits(rows)
-    assert not torch.allclose(one[1:4], other[1:4])
-    assert torch.allclose(one[4:], other[4:], atol=1e-5) == masked
+    for patch, masked in ((IDEAS["document mask"], True), ([], False)):
+        one, other = Trial(patch).model(rows)
+        assert not torch.allclose(one[1:4], other[1:4])
+        assert torch.allclose(one[4:], other[4:], atol=1e-5) == masked

@@ -6,10 +6,6 @@ from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
@@ -98,53 +94,38 @@ def test_between_the_scales_only_numbers_differ():
     assert all(isinstance(v[name], int | float) for v in constants for name in differing)
 
 
-def num_bytes(tensors) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`")
 def test_the_gpu_scale_traced_without_a_gpu_has_its_shapes_and_types_and_fits(monkeypatch):
     """On fake tensors, which hold no numbers, with torch's own fake of Flash Attention.
 
-    Its graphs are cut into forward and backward as the compiler's, by what is cheap to keep.
+    The graphs are cut into forward and backward as the compiler cuts them, by what they keep.
     """
-    gpu, kept = at_scale(True), []
+    gpu, compile, kept = at_scale(True), torch.compile, {}
+    cut = dict(backend="aot_eager_decomp_partition")
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile(f, **{**kwargs, **cut}))
 
-    def forward(graph, inputs):
-        (output,) = graph.graph.find_nodes(op="output")
-        values = [
-            n.meta["val"] for n in dict.fromkeys(output.args[0]) if n and n.op != "placeholder"
-        ]
-        kept.append(num_bytes(v for v in values if isinstance(v, torch.Tensor)))
-        return make_boxed_func(graph.forward)
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
 
-    backend = aot_autograd(
-        fw_compiler=forward,
-        bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions=select_decomp_table(),
-    )
-    compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, **{**kw, "backend": backend}))
     with FakeTensorMode():
         model = gpu.GPT(gpu.GPTConfig(*FULL[:6]), gpu.torch_varlen, torch.bfloat16)
         model.compile()
         tokens = torch.zeros(gpu.DEVICE_BATCH_SIZE, 2048, dtype=torch.int64)
-        loss, optimizers = model(tokens, tokens), gpu.make_optimizers(model)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(tokens, tokens)
         loss.backward()
-        assert (loss.shape, loss.dtype, len(kept)) == ((), torch.float32, 4)
-        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
-        without, with_embedding, last, head = kept
-        logits = num_bytes([torch.empty(*tokens.shape, 8192, dtype=torch.bfloat16)])
-        assert head < 1.1 * logits  # not in float32
-        for optimizer in optimizers:
+        assert all(p.grad.dtype == loss.dtype == torch.float32 for p in model.parameters())
+        for optimizer in gpu.make_optimizers(model):
             optimizer.step()
-        # Weights, gradients and the optimizers' two means; what layers keep; the head's gradient.
-        peak = 4 * num_bytes(model.parameters()) + 4 * without + 3 * with_embedding + last
-        assert 20e9 < peak + head + logits < 30e9
+        # Weights are among what is kept. Their gradients, two means in the optimizers, and the
+        # gradient of the logits in bf16 come to it.
+        peak = sum(kept.values()) + 3 * 4 * 50_332_176 + 2 * tokens.numel() * 8192
+        assert 20e9 < peak < 30e9
         with torch.no_grad():
             logits = model(tokens[: gpu.EVAL_BATCH_SIZE])
         assert logits.shape == (gpu.EVAL_BATCH_SIZE, 2048, 8192) and logits.dtype == torch.float32
-        assert num_bytes([logits]) < 3e9
+        assert 4 * logits.numel() < 3e9
     torch.compiler.reset()
 
 
@@ -220,21 +201,6 @@ def test_loss_is_the_cross_entropy_of_the_logits():
         torch.testing.assert_close(model(idx, targets, reduction="none"), wanted)
         torch.testing.assert_close(model(idx, targets, reduction="sum"), wanted.sum())
         torch.testing.assert_close(model(idx, targets), wanted.mean())
-
-
-def test_q_k_v_as_one_product_have_the_gradients_of_three(monkeypatch):
-    model, idx, targets = make_model(n_kv_head=2), some_tokens(), some_tokens(seed=4)
-    one, linear, calls = gradients_of(model, model(idx, targets)), F.linear, []
-
-    def three(x, weight):
-        sizes = [32, 16, 16] if len(weight) == 64 else [len(weight)]
-        calls.append(len(sizes))
-        return torch.cat([linear(x, part) for part in weight.split(sizes)], dim=-1)
-
-    monkeypatch.setattr(train.F, "linear", three)
-    for name, gradient in gradients_of(model, model(idx, targets)).items():
-        torch.testing.assert_close(one[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
-    assert calls.count(3) == 4  # a layer each
 
 
 def test_gradients_do_not_depend_on_the_number_of_micro_batches():

@@ -1,6 +1,5 @@
 """analysis.ipynb on the tables that a night, or somebody else, can leave behind."""
 
-import math
 from pathlib import Path
 
 import matplotlib
@@ -56,12 +55,9 @@ def analyse(tmp_path, monkeypatch):
     plt.close("all")
 
 
-def test_notebook_is_stored_without_outputs():
+def test_notebook_is_stored_without_outputs_and_runs_in_a_kernel(tmp_path, monkeypatch):
     nbformat.validate(NOTEBOOK)
     assert not any(cell.outputs or cell.execution_count for cell in CODE)
-
-
-def test_notebook_runs_in_a_kernel(tmp_path, monkeypatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     (tmp_path / "results.tsv").write_text(NIGHT + "not a row\n", encoding="utf-8")
@@ -73,8 +69,8 @@ def test_notebook_runs_in_a_kernel(tmp_path, monkeypatch):
     assert plt.imread(tmp_path / "progress.png")[..., :3].std() > 0.01  # not blank
 
 
-def test_baseline_best_and_gains_are_those_worked_out_by_hand(analyse):
-    found = analyse(NIGHT)
+def test_figures_and_picture_are_those_worked_out_by_hand(analyse):
+    found = analyse(NIGHT, picture=True)
     kept, gains, missed = (found[frame] for frame in ("kept", "gains", "near_misses"))
     assert list(kept.commit) == ["aaa", "ccc", "eee", "ggg", "hhh"]
     assert list(kept.score) == pytest.approx([1.81, 1.75, 1.7, 1.71, 1.69])
@@ -82,25 +78,26 @@ def test_baseline_best_and_gains_are_those_worked_out_by_hand(analyse):
     assert list(found["noise"]) == pytest.approx([0.02])
     assert [*gains.run, *gains.runs_spent, *gains.beyond_noise] == [3, 6, 9, 2, 3, 3, 1, 1, 0]
     assert [*missed.commit, *missed.miss] == ["ddd", "iii", *map(pytest.approx, (0.01, 0.015))]
-
-
-def test_picture_says_how_far_whether_luck_what_did_it_and_what_next(analyse):
-    head, *below = (text.get_text() for text in analyse(NIGHT, picture=True)["fig"].texts)
+    head, *below = (text.get_text() for text in found["fig"].texts)
     assert head.startswith("val_bpb 1.8100 → 1.6900 (-6.6%) · 11 runs, 5 kept\n")  # -0.12 / 1.81
     assert head.endswith("MORE than the noise: a gain of 0.1200 is 6.0 times 0.0200")
     assert "#3   -0.0600  double the matrix learning rate" in below
     assert "#4   +0.0100  rotary base 200,000" in below and "2 runs since the best, #9" in below
+    names = {text.get_text() for text in found["fig"].legends[0].get_texts()}
+    assert {"baseline", "best so far", "kept", "noise", "off the scale", "crashed"} < names
+    low, high = found["axes"][0].get_ylim()
+    assert low < 1.69 and 1.82 < high < 2  # jjj scored 9, bbb 0: they squash nothing
 
 
-def test_a_better_second_seed_is_noise_and_not_a_gain(analyse):
+def test_the_mean_is_a_commits_score_and_its_last_row_the_verdict(analyse):
     found = analyse("aaa\t1.8\t2.0\tkeep\tbaseline\naaa\t1.7\t2.0\tkeep\tbaseline, again\n")
     assert [*found["kept"].score, *found["noise"]] == pytest.approx([1.75, 0.1])
     assert found["verdict"].startswith("NOT more than the noise: a gain of 0.0000")
-
-
-def test_the_last_row_of_a_commit_is_its_verdict_and_the_mean_its_score(analyse):
     rows = "a\t1.80\t2\tkeep\tbaseline\nb\t1.79\t2\tkeep\tidea\nb\t1.85\t2\tdiscard\tidea\n"
-    assert list(analyse(rows)["kept"].score) == [1.80]
+    found = analyse(rows)
+    assert list(found["kept"].score) == [1.80]
+    assert "a guess" not in found["verdict"]
+    assert "a guess: no commit was run twice" in analyse(rows[: rows.index("b")])["verdict"]
     rows = "a\t1.80\t2\tkeep\tbaseline\nb\t1.79\t2\tdiscard\tidea\nb\t1.75\t2\tkeep\tidea\n"
     assert list(analyse(rows)["kept"].score) == pytest.approx([1.80, 1.77])
 
@@ -150,18 +147,6 @@ def test_quotes_tabs_dollars_and_windows_line_ends_harm_nothing(analyse):
     assert list(found["kept"].gain)[-3:] == pytest.approx([0.09, 0.1, 0.1])
 
 
-def test_legend_names_only_what_is_drawn_and_a_wild_score_squashes_nothing(analyse):
-    found = analyse("a\t1.80\t2\tkeep\tbaseline\n", picture=True)
-    names = {text.get_text() for text in found["fig"].legends[0].get_texts()}
-    assert names == {"baseline", "best so far", "kept"}  # no noise was measured
-    assert "a guess: no commit was run twice" in found["verdict"]
-    found = analyse(NIGHT, picture=True)
-    names = {text.get_text() for text in found["fig"].legends[0].get_texts()} - names
-    assert names == {"noise", "range of its runs", "discarded", "off the scale", "crashed"}
-    low, high = found["axes"][0].get_ylim()
-    assert low < 1.69 and 1.82 < high < 2  # jjj scored 9, bbb 0
-
-
 def test_tables_stand_side_by_side_each_with_its_own_noise(analyse):
     found = analyse(NIGHT, NIGHT.replace("1.820000", "1.900000"), HEADER, picture=True)
     assert found["noise"].to_dict() == pytest.approx({"a": 0.02, "b": 0.1, "c": 0.001})
@@ -169,22 +154,3 @@ def test_tables_stand_side_by_side_each_with_its_own_noise(analyse):
     assert scales == dict.fromkeys("abc", scales["a"])
     lines = {" ".join(text.get_text().split()[:2]) for text in found["fig"].texts}
     assert {"#3 -0.0600", "#3 -0.1000"} <= lines  # of b: 1.85 - 1.75
-
-
-def test_every_text_is_inside_the_picture_and_numbers_stay_apart(analyse):
-    rows = "a\t1.800000\t2.0\tkeep\tbaseline\n"
-    for run in range(2, 126):
-        score = 1.8 - 0.1 * math.log(min(run, 25)) + (run > 25) * 0.01
-        status = "keep" if run <= 25 else "discard"
-        rows += f"c{run}\t{score:.6f}\t2.0\t{status}\t{'long idea ' * 20}\n"
-    found = analyse(rows, picture=True)
-    fig, ax = found["fig"], found["axes"][0]
-    fig.canvas.draw()
-    # The glyphs' own boxes: an annotation's would hold its arrow too.
-    numbers = [plt.Text.get_window_extent(text).shrunk(0.9, 0.9) for text in ax.texts]
-    assert len(numbers) == found["LISTED"]
-    assert not any(box.overlaps(other) for i, box in enumerate(numbers) for other in numbers[:i])
-    for text in [*fig.texts, *ax.texts, *fig.legends[0].get_texts(), ax.yaxis.label]:
-        (x0, y0), (x1, y1) = plt.Text.get_window_extent(text).get_points()
-        assert 0 <= x0 and x1 <= fig.bbox.x1 and 0 <= y0 and y1 <= fig.bbox.y1, text
-        assert text.get_fontsize() >= 9  # 10 pixels where the picture is 800 wide

@@ -38,9 +38,6 @@ def test_polar_express_coefficients_are_the_papers():
     first, last = train.POLAR_EXPRESS[0], train.POLAR_EXPRESS[-1]
     assert first == (8.156554524902461, -22.48329292557795, 15.878769915207462)
     assert last == (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)
-    # A published property: everything from 0.005 to 1 comes out near 1.
-    out = through_polynomials(torch.linspace(0.005, 1, 2000).double())
-    assert 0.7 < out.min() and out.max() < 1.2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -85,9 +82,9 @@ class SlowMuon:
 def test_muon_follows_the_rule_written_out_and_a_groups_own_values_hold(monkeypatch):
     """Three matrices of each shape, in one group; momentum rises, here over two steps."""
     monkeypatch.setattr(train, "MUON_MOMENTUM_STEPS", 2)
-    params = parameters(SHAPES * 3)
-    rules = [SlowMuon(p) for p in params]
-    own = dict(params=params, lr=0.1, momentum=(0.5, 0.8), weight_decay=0.3, beta2=0.9)
+    unused, *params = parameters(SHAPES[:1] + SHAPES * 3)  # by an idea: it stays as it is
+    before, rules = unused.detach().clone(), [SlowMuon(p) for p in params]
+    own = dict(params=[unused, *params], lr=0.1, momentum=(0.5, 0.8), weight_decay=0.3, beta2=0.9)
     optimizer = Muon([own], torch.float32)
     assert len(optimizer.param_groups) == len(SHAPES)
     for momentum in (0.5, 0.65, 0.8, 0.8):
@@ -95,6 +92,7 @@ def test_muon_follows_the_rule_written_out_and_a_groups_own_values_hold(monkeypa
         for p, rule in zip(params, rules, strict=True):
             rule.step(p.grad, 0.1, momentum, 0.3, 0.9)
             torch.testing.assert_close(p.double(), rule.weight, rtol=1e-3, atol=1e-3)
+    assert torch.equal(unused, before)
 
 
 # --- Groups ---
@@ -127,32 +125,24 @@ def test_every_parameter_has_the_rule_and_the_rates_of_the_reference():
         "residual_scale": (train.SCALAR_LR * train.RESIDUAL_LR_SCALE, betas),
         "skip_scale": (train.SCALAR_LR, train.SKIP_BETAS),
     }
+    muon = dict(lr=train.MATRIX_LR, weight_decay=train.WEIGHT_DECAY)
+    muon |= dict(momentum=train.MUON_MOMENTUM, beta2=train.MUON_BETA2)
     for name, (rule, group) in groups_of(tiny(n_embd=512)).items():
-        end = next((end for end in wanted if name.endswith(end)), None)
-        values = group["lr"], group["weight_decay"]
-        if end is None:
-            assert rule is Muon and values == (train.MATRIX_LR, train.WEIGHT_DECAY), name
-            assert group["momentum"] == train.MUON_MOMENTUM, name
-            assert group["beta2"] == train.MUON_BETA2, name
-        else:
-            lr, betas = wanted[end]
-            assert rule is torch.optim.AdamW, name
-            assert values == (pytest.approx(lr), train.ADAM_WEIGHT_DECAY), name
-            assert (group["betas"], group["eps"]) == (betas, train.ADAM_EPS), name
+        lr, betas = next((wanted[end] for end in wanted if name.endswith(end)), (0, 0))
+        adamw = dict(lr=pytest.approx(lr), weight_decay=train.ADAM_WEIGHT_DECAY)
+        adamw |= dict(betas=betas, eps=train.ADAM_EPS)
+        assert rule is (torch.optim.AdamW if lr else Muon), name
+        assert group.items() >= (adamw if lr else muon).items(), name
 
 
 class OddBlock(train.Block):
-    """A layer with a gain, a matrix with bias and a convolution over the last tokens."""
+    """A layer with a gain, a matrix with bias and a convolution."""
 
     def __init__(self, config, layer, attend):
         super().__init__(config, layer, attend)
         self.gain = nn.Parameter(torch.ones(config.n_embd))
         self.linear = nn.Linear(config.n_embd, config.n_embd)
         self.mixed = nn.Conv1d(config.n_embd, config.n_embd, 3, groups=config.n_embd)
-
-    def forward(self, x, *rest):
-        last = nn.functional.pad(x.mT, (2, 0))
-        return self.gain * super().forward(x, *rest) + self.linear(x) + self.mixed(last).mT
 
 
 def test_what_is_no_matrix_of_the_layers_goes_to_adamw_by_itself(monkeypatch):
@@ -162,18 +152,10 @@ def test_what_is_no_matrix_of_the_layers_goes_to_adamw_by_itself(monkeypatch):
     assert rules["linear.weight"] is Muon
     for name in ("gain", "linear.bias", "mixed.weight", "mixed.bias"):
         assert rules[name] is torch.optim.AdamW, name
-    optimizers, losses = make_optimizers(model), []
-    idx = torch.randint(50, (4, 8), generator=torch.Generator().manual_seed(0))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for _ in range(20):
-        loss = model(idx, idx)
-        loss.backward()
-        losses.append(loss.item())
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad()
-    assert losses[-1] < losses[0] / 2
-    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    params = list(model.parameters())
+    before = [p.detach().clone() for p in params]
+    step(make_optimizers(model), params)
+    assert not any(torch.equal(p, was) for p, was in zip(params, before, strict=True))
 
 
 def test_an_edit_of_the_weights_between_steps_survives_the_next(monkeypatch):
@@ -200,7 +182,6 @@ def test_an_edit_of_the_weights_between_steps_survives_the_next(monkeypatch):
         (0.0, 0.5, 0.1, {0: 1, 0.2: 1, 0.5: 1, 0.75: 0.55, 1: 0.1}),
         (0.2, 0.5, 0.0, {0: 0, 0.1: 0.5, 0.2: 1, 0.5: 1, 1: 0}),
         (0.0, 0.0, 0.0, {0: 1, 0.5: 1, 1: 1}),
-        (0.0, 1.0, 0.0, {0: 1, 0.5: 0.5, 1: 0}),
     ],
 )
 def test_rates_rise_stay_and_fall_linearly(warmup, warmdown, floor, wanted, monkeypatch):
@@ -225,14 +206,3 @@ def test_schedules_scale_each_groups_own_values(monkeypatch):
     decays = [train.WEIGHT_DECAY / 4, 0.15, 0.5]  # the matrices' falls to 0
     assert [group["weight_decay"] for group in groups] == pytest.approx(decays)
     torch.testing.assert_close(groups[1]["first"][0], (1 - 0.7**3) * weights[1].grad)
-
-
-def test_a_matrix_that_an_idea_leaves_unused_stays_as_it_is():
-    used, unused = parameters([(8, 8), (8, 8)])
-    before = unused.detach().clone()
-    group = dict(params=[used, unused], lr=0.1, momentum=(0.9, 0.9), weight_decay=0.5)
-    optimizer = Muon([group], torch.float32)
-    for _ in range(3):
-        used.grad = torch.ones_like(used)
-        optimizer.step()
-    assert torch.equal(unused, before)

@@ -1,7 +1,6 @@
 """The vocabulary: lengths in bytes, round trips, special tokens, what it is learned from."""
 
 import numpy as np
-import pytest
 import regex
 import tiktoken.load
 from conftest import SENTENCES, some_text
@@ -14,6 +13,7 @@ import prepare
 @given(text=st.text(max_size=50))
 @example(text="敏捷的棕色狐狸 😀👩‍👩‍👧‍👦🇫🇷 𠜎 12,345\n\tisn't\r\n")
 @example(text=b"caf\xe9 \xff\xfe \xf0\x9f\x98 half".decode(errors="replace"))
+@example(text=" " * 1_000_000)  # tiktoken's regular expression would run out of stack
 def test_any_text_comes_back_and_its_bytes_are_counted(tokenizer, text):
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
@@ -45,12 +45,6 @@ def test_numbers_are_cut_into_runs_of_at_most_two_digits():
     assert b"20" in numbers.ranks
     for token in numbers.ranks:
         assert not regex.search(r"\p{N}{3}", token.decode(errors="replace")), token
-
-
-@pytest.mark.parametrize("run", [" ", "a", "0", "\u3000", "😀"])
-def test_very_long_runs_do_not_crash(tokenizer, run):
-    text = run * (150_000 // len(run))
-    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_the_same_text_gives_the_same_vocabulary_the_most_frequent_pair_first(tokenizer):
