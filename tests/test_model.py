@@ -118,8 +118,7 @@ def test_the_gpu_scale_traced_without_a_gpu_has_its_shapes_and_types_and_fits(mo
         assert all(p.grad.dtype == loss.dtype == torch.float32 for p in model.parameters())
         for optimizer in gpu.make_optimizers(model):
             optimizer.step()
-        # Weights are among what is kept. Their gradients, two means in the optimizers, and the
-        # gradient of the logits in bf16 come to it.
+        # Beside what is kept: weights' gradients, the optimizers' two means, that of the logits.
         peak = sum(kept.values()) + 3 * 4 * 50_332_176 + 2 * tokens.numel() * 8192
         assert 20e9 < peak < 30e9
         with torch.no_grad():
