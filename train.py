@@ -38,10 +38,10 @@ def scale(gpu, small):
 
 
 DEPTH = scale(8, 4)  # layers
-ASPECT_RATIO = scale(64, 48)  # width = DEPTH x ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
+ASPECT_RATIO = scale(64, 32)  # width = DEPTH x ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = scale(128, 64)
 WINDOW_PATTERN = "SSSL"  # tiled over the layers: S short, L the whole row; the last is always L
-SHORT_WINDOW = scale(1 / 2, 1)  # of a row
+SHORT_WINDOW = scale(1 / 2, 1 / 4)  # of a row
 ROTARY_BASE = 10_000
 LOGIT_SOFT_CAP = 15.0
 VALUE_EMBEDDING_EVERY = scale(2, 1)  # layers, counted back from the last one
@@ -58,7 +58,7 @@ TOTAL_BATCH_SIZE = scale(2**19, 2**12)  # tokens a step
 DEVICE_BATCH_SIZE = 64  # rows at a time, if a step has as many; halved where memory is short
 EVAL_BATCH_SIZE = scale(32, 8)  # rows; their logits exist as a whole
 EMBEDDING_LR = scale(0.6, 0.5)  # this and the next x (width / 768)^-1/2
-UNEMBEDDING_LR = scale(0.004, 0.008)
+UNEMBEDDING_LR = scale(0.004, 0.01)
 MATRIX_LR = scale(0.04, 0.015)
 SCALAR_LR = 0.5
 RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR, for r and for whatever has no group of its own
@@ -74,7 +74,7 @@ WARMUP_RATIO = 0.0  # of the time budget
 WARMDOWN_RATIO = scale(0.5, 0.7)
 FINAL_LR_FRAC = 0.0
 SEED = os.environ.get("SEED", "42")  # a second one tells a gain from luck
-QUERY_BLOCK = 256  # queries at a time, where attention is written out
+QUERY_BLOCK = 128  # queries at a time, where attention is written out
 TRIAL_STEPS = 2  # on weights that are thrown away
 MAX_LOSS = 100.0  # a run beyond it is ended
 LOG_LINES = 25
