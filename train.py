@@ -38,8 +38,8 @@ def scale(gpu, small):
 
 
 DEPTH = scale(8, 4)  # layers
-ASPECT_RATIO = scale(64, 32)  # width = DEPTH x ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
-HEAD_DIM = scale(128, 64)
+ASPECT_RATIO = scale(64, 40)  # width = DEPTH x ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
+HEAD_DIM = scale(128, 80)
 WINDOW_PATTERN = "SSSL"  # tiled over the layers: S short, L the whole row; the last is always L
 SHORT_WINDOW = scale(1 / 2, 1 / 4)  # of a row
 ROTARY_BASE = 10_000
