@@ -1,6 +1,4 @@
-"""How fast data is, in medians of 7; run by hand, on a machine with nothing else to do.
-
-    uv run tests/bench_data.py
+"""How fast data is, in medians of 7; by hand, on an idle machine: uv run tests/bench_data.py
 
 Loaders are timed by the processor's seconds in all threads (one core's work, however busy the
 machine), tokenizing and opening by the clock.
@@ -27,20 +25,19 @@ def median_s(run, clock=time.perf_counter) -> float:
 
 
 def main() -> None:
-    tokenizer = prepare.Tokenizer.from_directory()
     print(f"opening what is prepared: {1000 * median_s(prepare.open_prepared):.1f} ms (< 300)")
+    tokenizer, folder = prepare.Tokenizer.from_directory(), prepare.open_prepared().tokens
     for B, T, target in ((16, 2048, 20), (16, 256, 10)):
         batches = prepare.make_dataloader(tokenizer, B, T, "train", "cpu")
         next(batches)  # what is done once, such as filling a buffer, is not counted
         number = 3_000_000 // (B * T)
         seconds = median_s(lambda b=batches, n=number: list(islice(b, n)), time.process_time)
-        rate = number * B * T / seconds / 1e6
-        print(f"loader, T {T}, one core: {rate:.1f} M tokens/s (>= {target})")
+        millions = number * B * T / 1e6
+        print(f"loader, T {T}, one core: {millions / seconds:.1f} M tokens/s (>= {target})")
     sample = list(islice(next(iter(prepare.find_documents(None)[0].values()))(), 5000))
-    folder = prepare.open_prepared().tokens
     seconds = median_s(lambda: sum(map(len, prepare.encode_all(lambda: iter(sample), folder))))
-    rate = sum(len(text.encode()) for text in sample) / seconds / 1e6
-    print(f"tokenizing, all cores: {rate:.1f} MB/s (>= 25 on 2 cores)")
+    megabytes = sum(len(text.encode()) for text in sample) / 1e6
+    print(f"tokenizing, all cores: {megabytes / seconds:.1f} MB/s (>= 25 on 2 cores)")
 
 
 if __name__ == "__main__":

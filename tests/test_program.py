@@ -419,11 +419,13 @@ def test_the_summary_has_the_names_that_program_md_reads():
     assert {"val_bpb", "peak_vram_mb", "seed"} <= fields <= printed
 
 
-def test_the_two_files_are_small():
+def test_the_two_files_are_small_and_between_the_scales_only_numbers_differ():
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("prepare.py", "train.py")]
     lines = [text.count("\n") for text in texts]
     assert lines[0] <= 800 and lines[1] <= 720, lines
     assert sum(len(text.encode()) for text in texts) <= 68 * 1024
+    numbers = re.findall(r"^([A-Z_]+) = (?:scale\(|.* if _CUDA else )", "".join(texts), re.M)
+    assert {"DATASET", "DEPTH"} <= set(numbers) and len(numbers) <= 15, numbers
 
 
 def test_dependencies_come_from_the_standard_index_alone():
@@ -432,6 +434,8 @@ def test_dependencies_come_from_the_standard_index_alone():
     assert sources == {'{ registry = "https://pypi.org/simple" }', '{ virtual = "." }'}
     files = {address.split("/")[2] for address in re.findall(r'\burl = "(.*?)"', lock)}
     assert files == {"files.pythonhosted.org"}
+    project = (ROOT / "pyproject.toml").read_text()  # names no second index, file or repository
+    assert not re.search(r"https?://|git\+|file:|\[tool\.uv|\[\[", project)
 
 
 # --- The real thing, once ---
