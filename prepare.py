@@ -1,9 +1,12 @@
-"""The harness: data, tokenizer, rows, loader, the metric. The person's, fixed during a night.
+"""The harness: data, tokenizer, rows, loader, the metric. A person's file: agents leave it alone.
 
     uv run prepare.py        prepare what DATASET names (train.py does it by itself)
 
-B batch (rows) · T time (tokens of a row) · V vocabulary. A row holds T + 1 tokens: inputs are its
-first T, targets its last T. BOS, which no text gives, starts every document and every row.
+One way through it, downwards: text, tokens, rows, batches, number.
+
+B batch (rows) · T time (tokens of a row) · V vocabulary · N scored rows · P batches of probes. A
+row holds T + 1 tokens: inputs are its first T, targets its last T. BOS, which no text gives, starts
+every document and every row.
 """
 
 import argparse
@@ -11,789 +14,1097 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
+import shutil
 import sys
+import tempfile
 import time
 import zlib
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import metadata, util
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import pyarrow.parquet
+import requests
 import rustbpe
 import tiktoken
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
+from tqdm import tqdm
 
-# --- Benchmark constants ------------------
-# No flag and no variable changes what is measured; each of these changes the benchmark id.
+# --- Benchmark constants ------------------------------------------------------
+# What is measured, and whether on the numbers for CUDA: the benchmark id changes with each.
 
 _CUDA = torch.cuda.is_available()
 # climbmix, tinystories, pysource, or the path of a folder or file of your own.
 DATASET = "climbmix" if _CUDA else "pysource"
+NUM_SHARDS = 10  # files of a data set of the hub to train on, the first ones; -1: all
 VOCAB_SIZE = 8192 if _CUDA else 2048  # tokens: 256 single bytes, merges, 4 special ones
 MAX_SEQ_LEN = 2048 if _CUDA else 512  # T, in tokens
 EVAL_TOKENS = 40 * 524288 if _CUDA else 524288  # scored, if the validation text has as many
 TIME_BUDGET = 300  # seconds of training; start-up, compilation and evaluation not counted
+FORMAT = 3  # raise it when you change how text is read, cut, encoded or packed
 
-# --- Paths --------------------------------
-
-
-def dataset_directory() -> Path:
-    cache = os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch"
-    return Path(cache).expanduser() / name_and_folder()[1]
+# --- Files and messages -------------------------------------------------------
 
 
-def short_hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]
+class HarnessError(Exception):
+    """What a person or an agent can mend: one line that says what, where, and what to do next."""
 
 
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
+def say(text: str) -> None:
+    """Print a line at once, above a progress bar if there is one."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+# For work that takes a while: seen at a terminal, silent where there is none.
+progress_bar = partial(tqdm, disable=None, unit_scale=True, leave=False)
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
+
+
+def __getattr__(name: str) -> str:
+    """Paths by the names that they have in other people's code; importing computes none."""
+    if name == "CACHE_DIR":
+        return str(cache_directory())
+    if name == "DATA_DIR":
+        return str(cache_directory() / "data")
+    if name == "TOKENIZER_DIR":
+        return str(prepared_directory())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def write_whole(path: Path, parts: Iterable) -> None:
-    """Write a file that gets its name only once it is complete and on the disk."""
+def hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path for a file or folder that gets its name once it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as unfinished:
+        yield Path(unfinished, path.name)
+        for written in filter(Path.is_file, Path(unfinished).rglob("*")):
+            with open(written, "rb+") as file:
+                os.fsync(file)
+        os.replace(Path(unfinished, path.name), path)
 
 
-def alone_in(directory: Path):
-    """The directory's lock, for a `with`; it ends with the process."""
-    lock = FileLock(directory / "lock")
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        say(f"another process is preparing {directory}; waiting for it")
-        return lock.acquire()
+def usable_cores() -> int:
+    """Cores that this process may use: os.cpu_count knows no affinity and no container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with suppress(OSError, ValueError):  # not Linux, or no quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))
+    return cores
 
 
-# --- Data sets ----------------------------
+# --- Data sets ----------------------------------------------------------------
 
-VALIDATION_SHARE = 0.1  # of local documents, chosen by the hash of their text
-SHARD_BYTES = 256 << 20  # of local files, about
+
+class Shard(NamedTuple):
+    """Documents: the texts of a file, from number `first` to before number `last`."""
+
+    file: str
+    first: int = 0
+    last: int | None = None
+
+
+class HubDataset(NamedTuple):
+    """A repository of the Hugging Face hub."""
+
+    repository: str
+    train: list[Shard]
+    validation: Shard
+
+
+class Documents(NamedTuple):
+    """The text on this machine."""
+
+    directory: Path
+    train: list[Shard]
+    validation: Shard
+
+    def texts(self, shard: Shard) -> Iterator[str]:
+        file = self.directory / shard.file
+        skipped: set[Path] = set()
+        yield from filter(str.strip, islice(file_texts(file, skipped), shard.first, shard.last))
+        if skipped:
+            raise HarnessError(f"{file} is damaged; remove it, run: uv run prepare.py")
+
+
+CLIMBMIX = [Shard(f"shard_{n:05d}.parquet") for n in range(6543)]
+TINY, STORIES = "karpathy/tinystories-gpt4-clean", "tinystories_gpt4_clean.parquet"
+HUB = {
+    "climbmix": HubDataset("karpathy/climbmix-400b-shuffle", CLIMBMIX[:-1], CLIMBMIX[-1]),
+    # The first 10,000 are its test split.
+    "tinystories": HubDataset(TINY, [Shard(STORIES, 20_000)], Shard(STORIES, 10_000, 20_000)),
+}
+
+# Of local text, documents with the lowest hashes are held out, in this order: a fair sample of
+# every folder and topic. As many bytes as the smaller of these two allows:
+HELD_OUT_SHARE = 0.1  # of all
+HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS: a token has 3 or 4, and packing loses most of them
+SHARD_BYTES = 256 << 20  # of local text, about
 PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
 # Not the same on all platforms:
 PYSOURCE_SKIPS = ("__config__.py", "_distributor_init.py", "_distributor_init_local.py")
-SKIPPED: set[Path] = set()  # files that are not text, or lines of them without a "text"
-
-Reader = Callable[[], Iterator[str]]  # gives some documents, anew at each call
-
-# On the Hugging Face hub: repository, files to train on (the first 10), file to validate on; each
-# [file], [file, first row] or [file, first row, the row after the last].
-CLIMBMIX = [[f"shard_{n:05d}.parquet"] for n in range(6543)]
-TINY, STORIES = "karpathy/tinystories-gpt4-clean", "tinystories_gpt4_clean.parquet"
-HUB = {
-    "climbmix": ("karpathy/climbmix-400b-shuffle", CLIMBMIX[:-1], CLIMBMIX[-1]),
-    "tinystories": (TINY, [[STORIES, 20_000]], [STORIES, 10_000, 20_000]),
-}
 
 
 def own_path() -> Path:
     return Path(__file__).resolve().parent / Path(DATASET).expanduser()
 
 
-def name_and_folder() -> tuple[str, str]:
-    """The data set's name in the benchmark id, and its folder in the cache."""
-    if DATASET in HUB:
-        return DATASET, DATASET
-    name = re.sub(r"\W+", "-", own_path().stem).strip("-").lower() or "text"
-    versions = [metadata.version(package) for package in PYSOURCE_PACKAGES]
-    return name, f"{name}-{short_hash(versions if DATASET == 'pysource' else str(own_path()))}"
+def dataset_name() -> str:
+    """In the benchmark id: the same wherever a person's own text lies."""
+    return re.sub(r"\W+", "-", own_path().stem).strip("-").lower() or "text"
 
 
-def find_documents(num_shards: int | None) -> tuple:
-    """Readers to train on, by name, one to validate on, and a signature that text changes."""
-    if DATASET in HUB:
-        repository, files, held_out = HUB[DATASET]
-        raw, files = dataset_directory() / "raw", files[: num_shards or 10]
-        download(repository, [name for name, *_ in [held_out, *files]], raw)
-        train = {Path(f).stem: partial(parquet_texts, raw / f, *rows) for f, *rows in files}
-        validation = partial(parquet_texts, raw / held_out[0], *held_out[1:])
-        return train, validation, [[*file, size_of(raw / file[0])] for file in [held_out, *files]]
-    own = DATASET != "pysource"  # documents of a row's worth of characters, not definitions
-    files, least_chars = (own_files(), MAX_SEQ_LEN) if own else (pysource_files(), 200)
-    states = [[str(file), size_of(file), file.stat().st_mtime_ns] for file in files if own]
-    parts, num_bytes = {}, 0
-    for file in files:
-        parts.setdefault(str(num_bytes // SHARD_BYTES), []).append(file)
-        num_bytes += size_of(file)
-    train = {name: partial(local_texts, part, least_chars, False) for name, part in parts.items()}
-    signature = [least_chars, SHARD_BYTES, VALIDATION_SHARE, PYSOURCE_SKIPS, states]
-    return train, partial(local_texts, files, least_chars, True), signature
-
-
-def pysource_files() -> list[Path]:
-    """Of packages that the lock file pins: the same bytes on every machine."""
-    folders = [Path(util.find_spec(name).origin).parent for name in PYSOURCE_PACKAGES]
-    files = chain(*(sorted(folder.rglob("*.py"), key=Path.as_posix) for folder in folders))
-    return [file for file in files if file.name not in PYSOURCE_SKIPS]
-
-
-def own_files() -> list[Path]:
-    root, names = own_path(), ", ".join([*HUB, "pysource"])
-    paths = sorted(path for path in [root, *root.rglob("*")] if path.is_file())
-    files = [p for p in paths if not any(s[0] == "." for s in p.relative_to(root).parts)]
+def local_files() -> list[Path]:
+    if DATASET == "pysource":  # packages that the lock file pins: the same on every platform
+        folders = [Path(util.find_spec(name).origin).parent for name in PYSOURCE_PACKAGES]
+        paths = [path for folder in folders for path in folder.rglob("*.py")]
+        return sorted((p for p in paths if p.name not in PYSOURCE_SKIPS), key=Path.as_posix)
+    root = own_path()
+    files = []
+    for path in sorted([root, *root.rglob("*")], key=Path.as_posix):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        if path.is_file() and not is_hidden:
+            files.append(path)
     if not files:
-        raise ValueError(f'DATASET = "{DATASET}" in prepare.py: not {names}, no file in {root}')
+        names = ", ".join([*HUB, "pysource"])
+        raise HarnessError(f'DATASET = "{DATASET}" in prepare.py: not {names}, no file in {root}')
     return files
 
 
-def local_texts(files: list[Path], least_chars: int, validation: bool) -> Iterator[str]:
-    """Of one split, chosen by the text alone: new files move no document."""
-    for text in chain.from_iterable(file_texts(file, least_chars) for file in files):
-        number = int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16)
-        if text.strip() and (number < VALIDATION_SHARE * 2**64) == validation:
-            yield text
+def names_and_sizes(files: list[Path]) -> dict[str, int]:
+    return {file.as_posix(): size_of(file) for file in files}
 
 
 def is_parquet(path: Path) -> bool:
-    """Whole: the footer, at its very end, can be read."""
+    """Whether the file is whole: its footer, at the very end, can be read."""
     try:
-        return bool(pyarrow.parquet.read_metadata(path))
+        pyarrow.parquet.read_metadata(path)
+        return True
     except (OSError, pyarrow.ArrowInvalid):
         return False
 
 
-def parquet_texts(path: Path, first: int = 0, last: int | None = None) -> Iterator[str]:
+def parquet_texts(path: Path) -> Iterator[str]:
     file = pyarrow.parquet.ParquetFile(path)
     if "text" not in (names := file.schema_arrow.names):
-        raise ValueError(f"{path} has no column `text`; its columns: {names}")
-    batches = file.iter_batches(batch_size=1024, columns=["text"])
-    columns = (batch.column(0).cast(pyarrow.binary()).to_pylist() for batch in batches)
-    texts = islice(chain.from_iterable(columns), first, last)
-    yield from (text.decode(errors="replace") for text in texts if text)
+        raise HarnessError(f"{path} has no column `text`; its columns: {names}; move it away")
+    for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+        for text in batch.column(0).cast(pyarrow.binary()).to_pylist():
+            yield (text or b"").decode(errors="replace")
 
 
-def file_texts(path: Path, least_chars: int) -> Iterator[str]:
-    if path.suffix == ".parquet" and is_parquet(path):
-        yield from parquet_texts(path)
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        for line in filter(bytes.strip, file_lines(path)):
-            try:  # JSON can hold lone surrogates, UTF-8 cannot
-                yield json.loads(line)["text"].encode(errors="replace").decode()
-            except (ValueError, LookupError, TypeError, AttributeError):
-                SKIPPED.add(path)
-    elif b"\0" in (raw := b"".join(file_lines(path)))[:8192]:
-        SKIPPED.add(path)
-    else:
-        yield from split_text(raw.decode(errors="replace").replace("\r\n", "\n"), least_chars)
+def text_pieces(file: TextIO) -> Iterator[str]:
+    """Cut a file of text into documents: before an unindented line that follows a blank one, once a
+    document has `least` characters; at any line, or within one, where it would pass `most`.
+
+    So pysource becomes about its definitions, and a person's own text about rows of tokens.
+    """
+    least, most = 200, 1 << 20
+    if DATASET != "pysource":
+        least, most = 3 * MAX_SEQ_LEN, 4 * MAX_SEQ_LEN  # a token has 3 or 4 characters
+    piece = ""
+    while line := file.readline(most):
+        can_end = len(piece) >= least and piece.endswith("\n\n") and not line[0].isspace()
+        if can_end or len(piece) + len(line) > most:
+            yield piece
+            piece = ""
+        piece += line
+    yield piece
 
 
-def file_lines(path: Path) -> Iterator[bytes]:
+def file_texts(path: Path, skipped: set[Path]) -> Iterator[str]:
+    """The texts of a file, noted in `skipped` if it is damaged or has parts that are no text."""
+    open_any = gzip.open if path.suffix == ".gz" else open
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            yield from file
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        SKIPPED.add(path)
+        if path.suffix == ".parquet":
+            yield from parquet_texts(path)
+            return
+        with open_any(path, "rb") as file:
+            if b"\0" in file.read(8192):
+                skipped.add(path)
+                return
+        with open_any(path, "rt", encoding="utf-8", errors="replace") as file:
+            if not path.name.endswith((".jsonl", ".jsonl.gz")):
+                yield from text_pieces(file)
+                return
+            for line in filter(str.strip, file):
+                try:  # JSON can hold lone surrogates, UTF-8 cannot
+                    yield json.loads(line)["text"].encode(errors="replace").decode()
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                    skipped.add(path)
+    except (gzip.BadGzipFile, EOFError, zlib.error, pyarrow.ArrowException):
+        skipped.add(path)
+    except OSError as failure:
+        remedy = "make it readable, or move it away"
+        raise HarnessError(f"{path}: {failure.strerror or failure}; {remedy}") from failure
 
 
-def split_text(text: str, least_chars: int) -> list[str]:
-    """Cut at blank lines before an unindented line: between definitions, or paragraphs."""
-    pieces, paragraphs = [""], re.split(r"(?<=\n\n)(?=\S)", text)
-    if len(text) > 10 * BPE_DOCUMENT_CHARS * len(paragraphs):  # a list, a log: at every line
-        paragraphs = text.splitlines(True)
-    for paragraph in paragraphs:
-        if len(pieces[-1]) >= least_chars:
-            pieces.append("")
-        pieces[-1] += paragraph
-    return pieces
+def gather_local_text(directory: Path) -> None:
+    """Write documents into val.jsonl and into shards each of which holds some of every topic."""
+    files = local_files()
+    skipped: set[Path] = set()
+
+    def documents(what: str) -> Iterator[tuple[int, str]]:
+        for file in progress_bar(files, desc=what, unit=" files"):
+            for text in filter(str.strip, file_texts(file, skipped)):
+                digest = hashlib.blake2b(text.encode(), digest_size=8)
+                yield int.from_bytes(digest.digest(), "big"), text
+
+    numbers, sizes = array("Q"), array("q")
+    for number, text in documents("reading"):
+        numbers.append(number)
+        sizes.append(len(text.encode()))
+    if not numbers:
+        raise too_little_text(0, VOCAB_SIZE, "tokens")
+    order = np.argsort(numbers)
+    most_bytes = min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * sum(sizes))
+    num_held_out = np.searchsorted(np.cumsum(np.array(sizes)[order]), most_bytes, side="right")
+    first_trained = numbers[order[num_held_out]]
+    num_shards = 1 + sum(sizes) // SHARD_BYTES
+    held_out = []
+    with written_whole(directory) as unfinished, ExitStack() as opened:
+        unfinished.mkdir()
+        names = [f"{n:04d}.jsonl" for n in range(num_shards)]
+        shards = [opened.enter_context(open(unfinished / name, "w")) for name in names]
+        for number, text in documents("writing"):
+            line = json.dumps({"text": text}) + "\n"
+            if number < first_trained:
+                held_out.append((number, line))
+            else:
+                shards[number % num_shards].write(line)
+        (unfinished / "val.jsonl").write_text("".join(line for _, line in sorted(held_out)))
+        (unfinished / "files.json").write_text(json.dumps(names_and_sizes(files)))
+    if skipped:
+        names = ", ".join(sorted(map(str, skipped))[:5])
+        say(f'note: {len(skipped):,} files are damaged, no text, or in part no "text": {names}')
 
 
-# --- Download -----------------------------
+def too_little_text(found: int, needed: int, what: str) -> HarnessError:
+    chars = max(100 * VOCAB_SIZE, 640 * MAX_SEQ_LEN)
+    return HarnessError(
+        f'DATASET = "{DATASET}" has too little text: {found} of {needed} {what}; bring '
+        f"{chars:,} varied characters, or lower VOCAB_SIZE or MAX_SEQ_LEN in prepare.py"
+    )
 
-RETRY_WAITS_S = (1, 2, 4, 8, 16)  # after each failure that brought no new byte
+
+# --- Download -----------------------------------------------------------------
+
+RETRY_WAITS_S = (1, 2, 4, 8, 16)  # after failures in a row that brought no new byte
 TIMEOUT_S = (10, 30)  # to connect; between two bytes
 
 
-def download(repository: str, names: list[str], directory: Path, workers: int = 8) -> None:
-    """Fetch what is missing; the first file alone, as one failure there is enough to end."""
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    missing = [name for name in dict.fromkeys(names) if not is_parquet(directory / name)]
-    if missing:
-        say(f"downloading {len(missing)} files of {repository}")
-    failures = []
-
-    def fetch(name: str) -> None:
-        try:
-            if len(failures) <= workers:  # more: it is the network, not the file
-                (directory / name).parent.mkdir(parents=True, exist_ok=True)
-                url = f"{endpoint}/datasets/{repository}/resolve/main/{name}"
-                download_file(url, directory / name)
-                say(f"{name}: {size_of(directory / name) / 1e6:.0f} MB")
-        except (OSError, RuntimeError) as failure:
-            failures.append(failure)
-
-    with ThreadPoolExecutor(workers) as pool:
-        for some in (missing[:1], missing[1:]):
-            list(pool.map(fetch, [] if failures else some))
-    if failures:
-        lost = [name for name in missing if not is_parquet(directory / name)]
-        raise ConnectionError(
-            f"{len(lost)} of {len(missing)} files are still missing ({', '.join(lost[:20])}): "
-            f"{explain(failures[0])}. To go on, run: uv run prepare.py; without a network, set "
-            'DATASET = "pysource" in prepare.py'
-        ) from failures[0]
-
-
-def download_file(url: str, path: Path) -> None:
-    part, waits_s = path.with_name(f"{path.name}.part"), iter(RETRY_WAITS_S)
-    most_bytes = size_of(part)
-    while True:
-        try:
-            digest = receive(url, part)
-            if is_parquet(part) and digest in (None, sha256_of(part)):
-                return os.replace(part, path)
-            part.unlink(missing_ok=True)
-            raise OSError(f"{url} gave other bytes than the file's")
-        except OSError as failure:  # those of requests are OSErrors without a number
-            if size_of(part) > most_bytes:
-                most_bytes, waits_s = size_of(part), iter(RETRY_WAITS_S)
-            wait_s = next(waits_s, None)
-            if wait_s is None or failure.errno is not None:
-                raise
-        time.sleep(wait_s)
-
-
-def receive(url: str, part: Path) -> str | None:
+def receive(url: str, part: Path, bar: tqdm) -> str | None:
     """Append what `part` lacks; gives the SHA-256 that the hub names, if it does."""
-    import requests
-
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={size_of(part)}-"}
     if token := os.environ.get("HF_TOKEN"):
         headers["Authorization"] = f"Bearer {token}"  # dropped by requests at another host
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
-        # Behind the redirect the ETag is of another kind.
-        hops, status = [hop.headers for hop in answer.history or [answer]], answer.status_code
-        tags = [hop.get("X-Linked-ETag") or hop.get("ETag") for hop in hops]
-        if status < 400:
-            with open(part, "ab" if status == 206 else "wb") as file:  # 200: all from the start
-                file.writelines(answer.iter_content(1 << 16))  # a block that breaks off is lost
-        elif status != 416:  # 416: nothing is missing
+        status = answer.status_code
+        if status >= 400 and status != 416:  # 416: nothing is missing
             message = f"{url}: {status} {answer.headers.get('X-Error-Message', answer.reason)}"
             if status in (401, 403, 404, 410):  # trying again is useless
-                raise RuntimeError(f"{message} (if it has terms: accept them there, set HF_TOKEN)")
+                raise HarnessError(f"{message} (if it has terms: accept them there, set HF_TOKEN)")
             wait_s = answer.headers.get("Retry-After", "")
             time.sleep(min(int(wait_s), 300) if wait_s.isdecimal() else 0)
-            raise OSError(message)
-    return next(iter(re.findall(r"\b[0-9a-f]{64}\b", str(tags))), None)
+            raise requests.ConnectionError(message)
+        if status == 200:  # all of it, from the start
+            part.unlink(missing_ok=True)
+        if status < 400:
+            file_bytes = size_of(part) + int(answer.headers.get("Content-Length", 0))
+            bar.total = max(bar.total, file_bytes)
+            with open(part, "ab") as file:
+                for block in answer.iter_content(1 << 16):
+                    file.write(block)
+                    bar.update(len(block))
+    for hop in answer.history or [answer]:  # behind the redirect the ETag is of another kind
+        tag = hop.headers.get("X-Linked-ETag") or hop.headers.get("ETag") or ""
+        if digest := re.search(r"\b[0-9a-f]{64}\b", tag):
+            return digest[0]
+    return None
 
 
-def flash_attention_3(fetch: bool = False) -> Path:
-    """The folder of Flash Attention 3 for this machine; from the hub only if `fetch`."""
-    note = dataset_directory().with_name("flash-attn3.path")
-    if fetch:
-        from kernels import install_kernel
-
-        build = install_kernel("kernels-community/flash-attn3", version=1)
-        write_whole(note, [str(build.parents[1]).encode()])
-    return Path(note.read_text())
-
-
-def runs_flash_attention_3() -> bool:
-    """Whether the chip does: newer ones have been seen to end the whole process."""
-    nvidia = torch.cuda.is_available() and torch.version.hip is None
-    return nvidia and (8, 0) <= torch.cuda.get_device_capability() <= (9, 0)
-
-
-def fetch_flash_attention() -> None:
-    """Before any run: all have the same backend."""
-    if runs_flash_attention_3():
+def download_file(url: str, path: Path, bar: tqdm) -> None:
+    """Fetch into `path`.part, with which a next call goes on, and rename it once it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    most_bytes = size_of(part)
+    failures = 0  # in a row
+    while True:
         try:
-            flash_attention_3(fetch=True)
-        except Exception as failure:
-            say(f"no Flash Attention 3 ({failure!r:.300}); to try again: uv run prepare.py")
+            digest = receive(url, part, bar)
+            if is_parquet(part) and digest in (None, hash_of(np.memmap(part, np.uint8, "r"))):
+                os.replace(part, path)
+                return
+            part.unlink(missing_ok=True)
+            raise requests.ConnectionError(f"{url} gave other bytes than the file's")
+        except requests.RequestException:
+            if size_of(part) > most_bytes:
+                most_bytes = size_of(part)
+                failures = 0
+            if failures == len(RETRY_WAITS_S):
+                raise
+        time.sleep(RETRY_WAITS_S[failures])
+        failures += 1
 
 
-# --- Tokenizer ----------------------------
+def download(repository: str, names: list[str], directory: Path, workers: int) -> None:
+    """Fetch what is missing; the first file alone, as one failure there is enough to end."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    missing = [name for name in dict.fromkeys(names) if not is_parquet(directory / name)]
+    failures: list[Exception] = []
 
-SPECIAL_TOKENS = tuple(f"<|reserved_{n}|>" for n in range(4))  # number 0 is BOS
+    def fetch(name: str) -> None:
+        if len(failures) > workers:
+            return  # it is the network, not the file
+        try:
+            url = f"{endpoint}/datasets/{repository}/resolve/main/{name}"
+            download_file(url, directory / name, bar)
+            say(f"{name}: {size_of(directory / name) / 1e6:.0f} MB")
+        except (requests.RequestException, HarnessError) as failure:
+            failures.append(failure)
+
+    if not missing:
+        return
+    say(f"downloading {len(missing)} files of {repository}")
+    with progress_bar(desc="downloading", unit="B", total=1) as bar:
+        fetch(missing[0])
+        bar.total *= len(missing)  # files of one data set are about equally long
+        if not failures:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(fetch, missing[1:]))
+    if failures:
+        lost = [name for name in missing if not is_parquet(directory / name)]
+        raise HarnessError(
+            f"{len(lost)} of {len(missing)} files are still missing ({', '.join(lost[:20])}): "
+            f"{failures[0]}. To go on, run: uv run prepare.py; without a network, set "
+            'DATASET = "pysource" in prepare.py'
+        ) from failures[0]
+
+
+# --- Tokenizer ----------------------------------------------------------------
+
+SPECIAL_TOKENS = [f"<|reserved_{n}|>" for n in range(4)]
+BOS_TOKEN = SPECIAL_TOKENS[0]
 SPLIT_PATTERN = (  # GPT-4's, but for numbers: at most 2 digits, for a small vocabulary
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-BPE_CHARS = 1_000_000_000  # of training text, at most, make the vocabulary,
-BPE_DOCUMENT_CHARS = 10_000  # and of one document
+BPE_CHARS = 1_000_000_000  # the most characters of training text that make the vocabulary
+BPE_DOCUMENT_CHARS = 10_000  # the most of one document
 ENCODE_CHARS = 100_000  # tiktoken's regular expression runs out of stack on very long blanks
 TOKENIZER_FILE = "tokenizer.tiktoken"  # tiktoken's ranks format: text, never pickle
 
 
+def prepared_directory(num_shards: int | None = None) -> Path:
+    """The folder of tokenizer, tokens and rows; its name holds a hash of all that decides them."""
+    constants = [FORMAT, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, SPLIT_PATTERN, BPE_CHARS]
+    constants += [BPE_DOCUMENT_CHARS, HELD_OUT_SHARE, HELD_OUT_BYTES, SHARD_BYTES]
+    if DATASET in HUB:
+        text = [HUB[DATASET].repository, num_shards or NUM_SHARDS]
+    elif DATASET == "pysource":
+        text = [metadata.version(package) for package in PYSOURCE_PACKAGES]
+    else:
+        text = [str(own_path())]
+    digest = hash_of(json.dumps([constants, text]).encode())
+    return cache_directory() / f"{dataset_name()}-v{VOCAB_SIZE}-{digest[:8]}"
+
+
 class Tokenizer:
-    """Byte-pair encoding: the merges in order, then 4 special tokens."""
+    """Byte-pair encoding: the merges in order, then 4 special tokens, of which the first is BOS."""
 
     def __init__(self, ranks: dict[bytes, int]):
-        self.ranks, self.bos = ranks, len(ranks)
+        self.ranks = ranks
         special = {token: len(ranks) + n for n, token in enumerate(SPECIAL_TOKENS)}
         self._encoding = tiktoken.Encoding(
             "autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
 
     @classmethod
-    def from_directory(cls, directory: str | Path | None = None) -> "Tokenizer":
-        """By default the prepared one, for which it prepares the data."""
-        directory = Path(directory or open_prepared().tokens)
-        lines = (line.split() for line in (directory / TOKENIZER_FILE).read_bytes().splitlines())
-        return cls({base64.b64decode(token): int(rank) for token, rank in lines})
-
-    @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Smaller if the text does not hold as much."""
-        bpe, merged = rustbpe.Tokenizer(), vocab_size - len(SPECIAL_TOKENS)
-        bpe.train_from_iterator(iter(texts), merged, pattern=SPLIT_PATTERN)
+        """Learn a vocabulary; a smaller one if the text gives too few merges."""
+        bpe = rustbpe.Tokenizer()
+        num_ranks = vocab_size - len(SPECIAL_TOKENS)
+        bpe.train_from_iterator(iter(texts), num_ranks, pattern=SPLIT_PATTERN)
         return cls({bytes(token): rank for token, rank in bpe.get_mergeable_ranks()})
 
-    def lines(self) -> Iterator[bytes]:
-        return (base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items())
+    def save(self, file: Path) -> None:
+        ranks = self.ranks.items()
+        file.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % rank for t, rank in ranks))
+
+    @classmethod
+    def from_directory(cls, tokenizer_dir: str | Path | None = None) -> "Tokenizer":
+        """The prepared one, TOKENIZER_DIR's, if no other is named."""
+        file = Path(tokenizer_dir or prepared_directory()) / TOKENIZER_FILE
+        if not file.exists():
+            raise HarnessError(f"no tokenizer in {file.parent}; run: uv run prepare.py")
+        lines = [line.split() for line in file.read_bytes().splitlines()]
+        return cls({base64.b64decode(token): int(rank) for token, rank in lines})
 
     def get_vocab_size(self) -> int:
         return len(self.ranks) + len(SPECIAL_TOKENS)
 
-    def encode(self, text: str) -> list[int]:
-        """Without BOS. No text gives a special token."""
-        return self.encode_array(text)[1:].tolist()
+    def get_bos_token_id(self) -> int:
+        return len(self.ranks)
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """With BOS."""
-        slices = (text[i : i + ENCODE_CHARS] for i in range(0, len(text), ENCODE_CHARS))
-        arrays = [self._encoding.encode_to_numpy(s, disallowed_special=()) for s in slices]
-        return np.concatenate([[self.bos], *arrays]).astype(np.uint16)
+    def encode(self, text: str | list[str], prepend: int | str | None = None, num_threads: int = 8):
+        """The ids of a text, or a list of them for each of several; no text gives a special token.
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        return self._encoding.decode(list(tokens))
+        `prepend`, the number or the text of a token, comes before each: `prepend=BOS_TOKEN`.
+        """
+        if isinstance(text, list):
+            with ThreadPoolExecutor(num_threads) as pool:
+                return list(pool.map(lambda one: self.encode(one, prepend), text))
+        ids = self.encode_document(text)[1:].tolist()
+        if isinstance(prepend, str):
+            prepend = self._encoding.encode_single_token(prepend)
+        return ids if prepend is None else [prepend, *ids]
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """BOS and the tokens of a text, uint16."""
+        parts = [np.array([self.get_bos_token_id()])]
+        for start in range(0, len(text), ENCODE_CHARS):
+            part = text[start : start + ENCODE_CHARS]
+            parts.append(self._encoding.encode_to_numpy(part, disallowed_special=()))
+        return np.concatenate(parts).astype(np.uint16)
+
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        return [self.encode_document(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._encoding.decode(list(ids))
 
     def token_lengths(self) -> np.ndarray:
-        """Of raw bytes, 0 for special tokens. Decoded, half a character would be three bytes."""
+        """Lengths in raw bytes, (V,) int64; special tokens have 0.
+
+        Decoding one token would turn half a character into U+FFFD, which counts as three bytes.
+        """
         lengths_V = np.zeros(self.get_vocab_size(), np.int64)
-        lengths_V[list(self.ranks.values())] = [len(token) for token in self.ranks]
+        for token, rank in self.ranks.items():
+            lengths_V[rank] = len(token)
         return lengths_V
 
 
-# --- Token shards -------------------------
-# A folder, named by a hash of the text's signature and of how it is cut into tokens, holds
-# vocabulary, tokens and rows; a manifest, named by the constants, says which it uses.
-
-FORMAT = 2  # raise it when you change how text is read, cut, encoded or packed
-
-
-class Prepared(NamedTuple):
-    tokens: Path  # the folder
-    manifest: dict
-
-    def rows(self) -> np.ndarray:
-        """What is scored: (rows, T + 1) uint16."""
-        rows = np.fromfile(self.tokens / self.manifest["rows"], np.uint16)
-        return rows.reshape(-1, MAX_SEQ_LEN + 1)
-
-    def damaged(self) -> list[Path]:
-        """Files that are gone or of another size than they were."""
-        sizes = self.manifest["bytes"].items()
-        return [self.tokens / name for name, size in sizes if size_of(self.tokens / name) != size]
+def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
+    """Lengths of the prepared tokenizer's tokens in raw bytes, (V,) int32; special ones have 0."""
+    lengths_V = Tokenizer.from_directory().token_lengths()
+    return torch.tensor(lengths_V, dtype=torch.int32, device=device)
 
 
-def manifest_path() -> Path:
-    if not (260 <= VOCAB_SIZE <= 65536 and 2 <= MAX_SEQ_LEN <= EVAL_TOKENS // LEAST_ROWS):
-        raise ValueError(
-            f"prepare.py: {VOCAB_SIZE = } must be within 260 … 65536 and "
-            f"{MAX_SEQ_LEN = } within 2 … {EVAL_TOKENS = } / {LEAST_ROWS}"
-        )
-    return dataset_directory() / f"f{FORMAT}-v{VOCAB_SIZE}-t{MAX_SEQ_LEN}-e{EVAL_TOKENS}.json"
+# --- Rows ---------------------------------------------------------------------
+
+BUFFER_SIZE = 1000  # pieces among which the packing chooses
 
 
-def read_manifest(path: Path) -> Prepared:
-    manifest = json.loads(path.read_text())
-    return Prepared(path.parent / manifest["tokens_in"], manifest)
+class Piece(NamedTuple):
+    """A stretch of a file of tokens. At `start` a row has BOS, whatever the file has there."""
+
+    start: int
+    length: int
 
 
-def open_prepared() -> Prepared:
-    """For the present constants; prepares what is not there yet, but sees no change of text."""
-    path = manifest_path()
-    if not path.exists():
-        say(f"{DATASET} is not prepared yet; doing it now, in {path.parent}")
-        return prepare()
-    prepared = read_manifest(path)
-    for file in prepared.damaged():
-        raise FileNotFoundError(f"{file} is missing or cut short; run: uv run prepare.py")
-    return prepared
-
-
-def prepare(num_shards: int | None = None) -> Prepared:
-    """Make what is missing, of so many training files (default: as before); a next call goes on.
-
-    Raises OSError or ValueError that say what to do.
-    """
-    started_s, path = time.perf_counter(), manifest_path()
-    SKIPPED.clear()
-    with alone_in(path.parent):
-        if num_shards is None and path.exists():
-            num_shards = len(read_manifest(path).manifest["train"])
-        train, validation, signature = find_documents(num_shards)
-        key = [FORMAT, VOCAB_SIZE, SPLIT_PATTERN, BPE_CHARS, BPE_DOCUMENT_CHARS, signature]
-        folder = path.parent / f"v{VOCAB_SIZE}-{short_hash(key)}"
-        damaged = [read_manifest(m).damaged() for m in path.parent.glob("*.json")]
-        # The lock is ours, so whoever made a .tmp was killed.
-        for file in chain(*damaged, path.parent.rglob("*.tmp")):
-            file.unlink(missing_ok=True)
-        rows = f"rows-t{MAX_SEQ_LEN}-n{EVAL_TOKENS // MAX_SEQ_LEN}.bin"
-        # Generators: each begins when it is written, below, after the files before it.
-        files = {TOKENIZER_FILE: learn_vocabulary(train.values())}
-        files |= {f"train_{name}.bin": encode_all(read, folder) for name, read in train.items()}
-        files |= {"val.bin": encode_all(validation, folder), rows: validation_rows(folder)}
-        for name, parts in files.items():
-            if not (folder / name).exists():
-                say(f"making {folder / name}")
-                write_whole(folder / name, parts)
-        manifest = {
-            "tokens_in": folder.name,
-            "train": [name for name in files if name.startswith("train_")],
-            "rows": rows,
-            "bytes": {name: size_of(folder / name) for name in files},
-            "sha256": {name: sha256_of(folder / name) for name in (TOKENIZER_FILE, rows)},
-        }
-        write_whole(path, [json.dumps(manifest, indent=1).encode()])
-    if SKIPPED:
-        say(f'note: {len(SKIPPED):,} files are damaged, no text, or have lines without a "text"')
-    fetch_flash_attention()
-    say(f"prepared {DATASET} in {time.perf_counter() - started_s:.0f} s, in {path.parent}")
-    return read_manifest(path)
-
-
-def learn_vocabulary(train: Iterable[Reader]) -> Iterator[bytes]:
-    """Lines of TOKENIZER_FILE, from the training split alone."""
-
-    def texts(chars: int = 0) -> Iterator[str]:
-        for text in (text[:BPE_DOCUMENT_CHARS] for read in train for text in read()):
-            chars += len(text)
-            yield text
-            if chars >= BPE_CHARS:
-                return
-
-    tokenizer = Tokenizer.train(texts(), VOCAB_SIZE)
-    check_enough(tokenizer.get_vocab_size(), VOCAB_SIZE, "tokens")
-    yield from tokenizer.lines()
-
-
-def check_enough(found: int, needed: int, what: str) -> None:
-    if found < needed:
-        chars = max(100 * VOCAB_SIZE, 640 * MAX_SEQ_LEN)
-        raise ValueError(
-            f'DATASET = "{DATASET}" has too little text: {found} of {needed} {what}; bring '
-            f"{chars:,} varied characters, or lower VOCAB_SIZE or MAX_SEQ_LEN in prepare.py"
-        )
-
-
-def encode_all(read: Reader, folder: Path) -> Iterator[np.ndarray]:
-    tokenizer, documents = Tokenizer.from_directory(folder), read()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        while texts := list(islice(documents, 1000)):
-            yield from pool.map(tokenizer.encode_array, texts)
-
-
-def validation_rows(folder: Path) -> Iterator[np.ndarray]:
-    tokens, bos = np.fromfile(folder / "val.bin", np.uint16), Tokenizer.from_directory(folder).bos
-    pieces = np.stack(document_spans(tokens, bos), 1).tolist()
-    packed = islice(pack_rows(pieces, MAX_SEQ_LEN + 1), EVAL_TOKENS // MAX_SEQ_LEN)
-    rows = [fill_row(row, tokens, bos) for row in packed]
-    check_enough(len(rows), LEAST_ROWS, "rows to validate on")
-    yield from rows
-
-
-def benchmark_id(prepared: Prepared) -> str:
-    """All that makes two scores comparable, with a hash over the very rows."""
-    name, constants = name_and_folder()[0], [VOCAB_SIZE, MAX_SEQ_LEN, TIME_BUDGET]
-    content = short_hash([name, constants, sorted(prepared.manifest["sha256"].items())])
-    return f"{name}-v{VOCAB_SIZE}-t{MAX_SEQ_LEN}-{TIME_BUDGET}s-{content}"
-
-
-# --- Rows and loader ----------------------
-
-BUFFER_DOCUMENTS = 1000  # among which the packing chooses
-LEAST_ROWS = 16  # of validation text: fewer would measure nothing
-BATCHES_AHEAD = 2
-
-
-def document_spans(tokens: np.ndarray, bos: int) -> tuple:
-    """Where documents start, and their lengths with BOS."""
+def whole_documents(tokens: np.ndarray, bos: int) -> list[Piece]:
     starts = np.flatnonzero(tokens == bos)
-    return starts, np.diff(starts, append=len(tokens))
+    lengths = np.diff(starts, append=len(tokens))
+    return [Piece(*place) for place in zip(starts.tolist(), lengths.tolist(), strict=True)]
 
 
-def cut_long(starts, lengths, row_tokens: int) -> tuple:
-    """Spans of pieces that fill a row, and of rests: BOS, which `fill_row` writes, then text."""
-    room = row_tokens - 1  # behind BOS
-    num_pieces = -(-(lengths - 1) // room)  # 0 without text
-    first = np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
-    skipped = room * (np.arange(num_pieces.sum()) - first)
-    rest = np.repeat(lengths - 1, num_pieces) - skipped
-    return np.repeat(starts, num_pieces) + skipped, np.minimum(rest, room) + 1
+def beginnings(tokens: np.ndarray, bos: int, most: int) -> list[Piece]:
+    """The first `most` tokens of each document."""
+    documents = whole_documents(tokens, bos)
+    return [Piece(start, min(length, most)) for start, length in documents]
+
+
+def rests(tokens: np.ndarray, bos: int, most: int) -> list[Piece]:
+    """What follows the beginnings, in pieces of at most `most` tokens.
+
+    Each starts at the last token of the piece before, in whose place a row has BOS.
+    """
+    pieces = []
+    for start, length in whole_documents(tokens, bos):
+        for offset in range(most - 1, length - 1, most - 1):
+            pieces.append(Piece(start + offset, min(length - offset, most)))
+    return pieces
 
 
 def pack_rows(
-    pieces: Iterable, row_tokens: int, buffer_size=BUFFER_DOCUMENTS, keep=False
-) -> Iterator[list[tuple]]:
-    """Pack pieces, (place of BOS, length with it), into full rows by the reference rule.
+    pieces: Iterable[Piece], row_tokens: int, buffer_size: int = BUFFER_SIZE, keep_rest=False
+) -> Iterator[list[Piece]]:
+    """Pack pieces into full rows by the reference's rule.
 
-    Of `buffer_size` pieces take the longest that still fits; when none does, cut the shortest to
-    fill the row, and drop its rest. Of equals take the first. With `keep`, for training, that rest,
-    behind a new BOS, keeps its place in the queue, and a row begins with what has waited longest:
-    nothing waits for more than `buffer_size` rows, and only the last, unfilled row is lost.
+    Of a buffer of pieces take the longest that still fits; when none does, cut the shortest to fill
+    the row. Of equals take the first that arrived. What is cut off is lost, or, with `keep_rest`,
+    for training, it keeps its place in the buffer as a piece of its own.
     """
-    arriving, waiting = enumerate(pieces), []  # (length, number), sorted
-    queue = {}  # pieces by number, oldest first
+    arriving = enumerate(pieces)
+    buffer: list[tuple[int, int, int]] = []  # (length, number of arrival, start), sorted
     while True:
-        row, room = [], row_tokens
+        row = []
+        room = row_tokens
         while room:
-            for number, piece in islice(arriving, buffer_size - len(waiting)):
-                queue[number] = piece
-                insort(waiting, (piece[1], number))
-            if not waiting:
-                return
-            if keep and not row:
-                oldest = next(iter(queue))
-                wanted = (queue[oldest][1], oldest)
+            for number, (start, length) in islice(arriving, buffer_size - len(buffer)):
+                insort(buffer, (length, number, start))
+            if not buffer:
+                return  # without the last row, which is not full
+            num_fitting = bisect_left(
+                buffer, (room + 1,)
+            )  # a shorter tuple sorts before its equals
+            if num_fitting == 0:
+                place = 0  # cut the shortest
             else:
-                fitting = bisect_right(waiting, (room, np.inf))
-                wanted = (waiting[max(fitting - 1, 0)][0], -1)  # the first of this length
-            length, number = waiting.pop(bisect_left(waiting, wanted))
-            start = queue[number][0]
+                longest = buffer[num_fitting - 1][0]
+                place = bisect_left(buffer, (longest,))
+            length, number, start = buffer.pop(place)
             taken = min(length, room)
-            row.append((start, taken))
+            row.append(Piece(start, taken))
             room -= taken
-            if keep and taken < length:
-                queue[number] = (start + taken - 1, length - taken + 1)
-                insort(waiting, (length - taken + 1, number))
-            else:
-                del queue[number]
+            if keep_rest and taken < length:  # from the last token taken on: BOS takes its place
+                insort(buffer, (length - taken + 1, number, start + taken - 1))
         yield row
 
 
-def fill_row(pieces: list[tuple], tokens: np.ndarray, bos: int) -> np.ndarray:
+def fill_row(pieces: list[Piece], tokens: np.ndarray, bos: int) -> np.ndarray:
     row = np.concatenate([tokens[start : start + length] for start, length in pieces])
-    row[np.cumsum([0, *(length for _, length in pieces[:-1])])] = bos
+    place = 0
+    for piece in pieces:
+        row[place] = bos
+        place += piece.length
     return row
 
 
-def training_rows(files: list[Path], row_tokens: int, bos: int) -> Iterator[tuple]:
-    """Endless rows, each with its epoch: all pieces in an order that is the same in every run.
+def validation_rows(
+    file: Path, row_tokens: int, bos: int, buffer_size: int = BUFFER_SIZE
+) -> Iterator[np.ndarray]:
+    """Rows of whole documents, in their order."""
+    tokens = np.fromfile(file, np.uint16)
+    for packed in pack_rows(whole_documents(tokens, bos), row_tokens, buffer_size):
+        yield fill_row(packed, tokens, bos)
 
-    Before them, also called epoch 1, come beginnings, which are what validation rows hold, for runs
-    that end within an epoch: the first pieces of all documents of a file, if some have more.
+
+def training_rows(
+    files: list[Path], row_tokens: int, bos: int, buffer_size: int, epoch: int
+) -> Iterator[np.ndarray]:
+    """Rows of one epoch: of the beginnings of all documents, as validation rows are, then of rests.
+
+    The pieces of a file are shuffled, by a seed of epoch and file: the same in every run.
     """
-    for turn in count():
-        epoch, beginnings, row = max(turn, 1), turn == 0, None
-        for n, path in enumerate(filter(size_of, files)):
-            tokens = np.asarray(np.memmap(path, np.uint16, "r"))
-            starts, lengths = document_spans(tokens, bos)
-            if beginnings and lengths.max() <= row_tokens:
-                continue
-            if beginnings:
-                lengths = np.minimum(lengths, row_tokens)
-            pieces = np.stack(cut_long(starts, lengths, row_tokens), 1)
-            order = np.random.default_rng((epoch, n, beginnings)).permutation(len(pieces))
-            for packed in pack_rows(pieces[order].tolist(), row_tokens, keep=True):
-                row = fill_row(packed, tokens, bos)
-                yield row, epoch
-        if row is None and not beginnings:
-            raise ValueError(f"the training text does not fill one row of {row_tokens} tokens")
+    for cut in (beginnings, rests):
+        for n, file in enumerate(files):
+            tokens = np.memmap(file, np.uint16, "r")
+            pieces = cut(tokens, bos, row_tokens)
+            np.random.default_rng((epoch, n)).shuffle(pieces)
+            for packed in pack_rows(pieces, row_tokens, buffer_size, keep_rest=True):
+                yield fill_row(packed, tokens, bos)
 
 
-def batches(rows: Iterator[tuple], B: int, pinned: bool) -> Iterator[tuple]:
-    """In fresh memory: torch keeps it, pinned and let go, until copies from it have ended."""
-    while True:
-        taken, epochs = zip(*islice(rows, B), strict=True)
-        batch = torch.from_numpy(np.stack(taken).astype(np.int64))
-        halves = batch[:, :-1].clone(), batch[:, 1:].clone()
-        yield *(half.pin_memory() if pinned else half for half in halves), epochs[-1]
+# --- Preparing ----------------------------------------------------------------
+# Four steps, each skipped when its file is whole: documents, vocabulary, tokens, rows.
+
+LEAST_ROWS = 16  # of validation text: fewer would measure nothing
+
+
+class Prepared(NamedTuple):
+    """What is prepared for the present constants, as a manifest beside it says."""
+
+    folder: Path
+    train: list[str]  # files of uint16 tokens, each document behind a BOS
+    sizes: dict[str, int]  # of all files, in bytes
+    sha256: dict[str, str]  # of tokenizer and rows
+
+    def rows(self) -> np.ndarray:
+        """What is scored: (N, T + 1) uint16."""
+        return np.fromfile(self.folder / "rows.bin", np.uint16).reshape(-1, MAX_SEQ_LEN + 1)
+
+    def damaged(self) -> list[Path]:
+        """Files that are gone or of another size than they were."""
+        files = [self.folder / name for name in self.sizes]
+        return [file for file in files if size_of(file) != self.sizes[file.name]]
+
+
+def read_manifest(folder: Path) -> Prepared | None:
+    file = folder / "manifest.json"
+    return Prepared(folder, **json.loads(file.read_text())) if file.exists() else None
+
+
+def find_documents(folder: Path, num_shards: int | None, workers: int) -> Documents:
+    """Step 1: download files of the hub, or gather local text."""
+    if DATASET in HUB:
+        directory = cache_directory() / "data"
+        repository, train, validation = HUB[DATASET]
+        wanted = num_shards or NUM_SHARDS
+        train = train if wanted == -1 else train[:wanted]
+        download(repository, [shard.file for shard in [validation, *train]], directory, workers)
+        return Documents(directory, train, validation)
+    directory = folder / "documents"
+    if not directory.exists():
+        say(f"reading the text of {DATASET}")
+        gather_local_text(directory)
+    train = [Shard(file.name) for file in sorted(directory.glob("[0-9]*.jsonl"))]
+    return Documents(directory, train, Shard("val.jsonl"))
+
+
+def has_changed(folder: Path) -> bool:
+    """Whether a person's own text is another one than was gathered."""
+    listing = folder / "documents" / "files.json"
+    if DATASET in [*HUB, "pysource"] or not listing.exists():
+        return False
+    return json.loads(listing.read_text()) != names_and_sizes(local_files())
+
+
+def learn_vocabulary(documents: Documents) -> Tokenizer:
+    """Step 2: the merges, from the training split alone."""
+    bar = progress_bar(desc="vocabulary", unit=" characters", total=BPE_CHARS)
+
+    def texts() -> Iterator[str]:
+        num_chars = 0
+        for text in chain.from_iterable(documents.texts(shard) for shard in documents.train):
+            if num_chars >= BPE_CHARS:
+                return
+            text = text[:BPE_DOCUMENT_CHARS]
+            num_chars += len(text)
+            bar.update(len(text))
+            yield text
+
+    with bar:
+        tokenizer = Tokenizer.train(texts(), VOCAB_SIZE)
+    if tokenizer.get_vocab_size() < VOCAB_SIZE:
+        raise too_little_text(tokenizer.get_vocab_size(), VOCAB_SIZE, "tokens")
+    return tokenizer
+
+
+def encode_all(texts: Iterable[str], encoders: list[Tokenizer]) -> Iterator[np.ndarray]:
+    """Step 3: the tokens of documents, in order, by one thread for each: sharing one is slower."""
+    texts = iter(texts)
+    with ThreadPoolExecutor(len(encoders)) as pool:
+        while True:
+            shares = [list(islice(texts, 500)) for _ in encoders]
+            if not shares[0]:
+                return
+            for share in pool.map(Tokenizer.encode_documents, encoders, shares):
+                yield from share
+
+
+def pack_validation(tokens: Path, bos: int) -> np.ndarray:
+    """Step 4: the scored rows (N, T + 1) uint16, up to EVAL_TOKENS."""
+    rows = validation_rows(tokens, MAX_SEQ_LEN + 1, bos)
+    rows = list(islice(rows, EVAL_TOKENS // MAX_SEQ_LEN))
+    if len(rows) < LEAST_ROWS:
+        raise too_little_text(len(rows), LEAST_ROWS, "rows to validate on")
+    return np.stack(rows)
+
+
+def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
+    """Go through the four steps; a next call goes on where this one was stopped."""
+    for unfinished in folder.glob("unfinished-*"):  # the lock is ours: whoever made it was killed
+        shutil.rmtree(unfinished)
+    prepared = read_manifest(folder)
+    if has_changed(folder) and prepared is None:
+        shutil.rmtree(folder)  # nothing has been trained on it
+    elif has_changed(folder):
+        say(f"note: the text has changed; to use it, remove {folder}, run: uv run prepare.py")
+    if prepared is not None:
+        for file in prepared.damaged():
+            file.unlink(missing_ok=True)
+        if not prepared.damaged():
+            return prepared
+    documents = find_documents(folder, num_shards, workers)
+    vocabulary = folder / TOKENIZER_FILE
+    if not vocabulary.exists():
+        say("learning the vocabulary")
+        with written_whole(vocabulary) as unfinished:
+            learn_vocabulary(documents).save(unfinished)
+    encoders = [Tokenizer.from_directory(folder) for _ in range(usable_cores())]
+    shards = [(f"train_{Path(shard.file).stem}.bin", shard) for shard in documents.train]
+    for name, shard in [*shards, ("val.bin", documents.validation)]:
+        if not (folder / name).exists():
+            say(f"encoding {shard.file}")
+            texts = progress_bar(documents.texts(shard), desc=name, unit=" documents")
+            with written_whole(folder / name) as unfinished, open(unfinished, "wb") as file:
+                for tokens in encode_all(texts, encoders):
+                    file.write(tokens)
+    rows = folder / "rows.bin"
+    if not rows.exists():
+        with written_whole(rows) as unfinished:
+            pack_validation(folder / "val.bin", encoders[0].get_bos_token_id()).tofile(unfinished)
+    train = [name for name, _ in shards]
+    names = [vocabulary.name, *train, "val.bin", rows.name]
+    manifest = {
+        "train": [name for name in train if size_of(folder / name)],
+        "sizes": {name: size_of(folder / name) for name in names},
+        "sha256": {file.name: hash_of(file.read_bytes()) for file in (vocabulary, rows)},
+    }
+    with written_whole(folder / "manifest.json") as unfinished:
+        unfinished.write_text(json.dumps(manifest, indent=1))
+    return Prepared(folder, **manifest)
+
+
+def prepare(num_shards: int | None = None, workers: int = 8) -> Prepared:
+    """Make what is missing for the present constants, of NUM_SHARDS files if no number is given."""
+    if num_shards not in (None, -1) and num_shards < 1:
+        raise HarnessError(f"--num-shards {num_shards} must be at least 1, or -1 for all files")
+    if not (260 <= VOCAB_SIZE <= 65536 and 2 <= MAX_SEQ_LEN <= EVAL_TOKENS // LEAST_ROWS):
+        raise HarnessError(
+            f"prepare.py: {VOCAB_SIZE = } must be within 260 … 65536 and "
+            f"{MAX_SEQ_LEN = } within 2 … {EVAL_TOKENS = } / {LEAST_ROWS}"
+        )
+    if NUM_SHARDS < 1 and NUM_SHARDS != -1:
+        raise HarnessError(f"prepare.py: {NUM_SHARDS = } must be at least 1, or -1 for all files")
+    started_s = time.perf_counter()
+    try:
+        folder = prepared_directory(num_shards)
+    except metadata.PackageNotFoundError as missing:
+        raise HarnessError(f"pysource needs {missing.name}; run: uv sync") from missing
+    say(f"preparing {DATASET} in {folder}, after other processes that do so")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache_directory() / "lock"):  # it ends with the process
+            prepared = make(folder, num_shards, workers)
+    except OSError as failure:
+        remedy = "free some space or set AUTORESEARCH_CACHE to a folder that you may use"
+        raise HarnessError(f"{failure}; {remedy}") from failure
+    say(f"prepared {DATASET} in {time.perf_counter() - started_s:.0f} s")
+    return prepared
+
+
+def open_prepared() -> Prepared:
+    """What is prepared for the present constants; prepared first where it is not there yet."""
+    folder = prepared_directory()
+    prepared = read_manifest(folder)
+    if prepared is None:
+        say(f"{DATASET} is not prepared yet; doing it now")
+        return prepare()
+    damaged = prepared.damaged()
+    if damaged:
+        raise HarnessError(f"{damaged[0]} is missing or cut short; run: uv run prepare.py")
+    return prepared
+
+
+def benchmark_id(prepared: Prepared) -> str:
+    """All that makes two scores comparable: what is trained on, for how long, the scored rows."""
+    trained_on = {name: prepared.sizes[name] for name in prepared.train}
+    constants = [FORMAT, VOCAB_SIZE, MAX_SEQ_LEN, TIME_BUDGET]
+    content = [dataset_name(), constants, trained_on, prepared.sha256]
+    digest = hash_of(json.dumps(content, sort_keys=True).encode())
+    return f"{dataset_name()}-v{VOCAB_SIZE}-t{MAX_SEQ_LEN}-{TIME_BUDGET}s-{digest[:8]}"
+
+
+# --- Loader -------------------------------------------------------------------
+
+BATCHES_AHEAD = 2
+
+
+def endless_rows(
+    prepared: Prepared, split: str, row_tokens: int, bos: int, buffer_size: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows, each with its epoch, from 1 on."""
+    files = [prepared.folder / name for name in prepared.train]
+    for epoch in count(1):
+        num_rows = 0
+        if split == "train":
+            rows = training_rows(files, row_tokens, bos, buffer_size, epoch)
+        else:
+            rows = validation_rows(prepared.folder / "val.bin", row_tokens, bos, buffer_size)
+        for row in rows:
+            num_rows += 1
+            yield row, epoch
+        if num_rows == 0:
+            raise too_little_text(0, 1, f"rows of {row_tokens} tokens")
 
 
 def make_dataloader(
-    tokenizer: Tokenizer, B: int, T: int, split: str = "train", device: str | None = None
-) -> Iterator[tuple]:
-    """Endless inputs (B, T) int64, targets (B, T) int64 and the epoch, from 1 on.
+    tokenizer: Tokenizer, B: int, T: int, split: str, buffer_size: int = BUFFER_SIZE, device=None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Endless inputs (B, T) int64, targets (B, T) int64 and the epoch, of split "train" or "val".
 
-    On `device` (default: the GPU if there is one), made ahead in a thread, the same in every run.
+    On `device`, by default the GPU if there is one; made ahead in a thread, the same in every run.
     """
-    if split != "train":
-        raise ValueError(f'split "{split}" is not "train"; evaluate_bpb has the other')
+    if split not in ("train", "val"):
+        raise ValueError(f'split "{split}" is neither "train" nor "val"')
+    prepared = open_prepared()
+    rows = endless_rows(prepared, split, T + 1, tokenizer.get_bos_token_id(), buffer_size)
     device = torch.device(device or ("cuda" if _CUDA else "cpu"))
-    # Only pinned memory outlives a copy that still runs: other devices' copies are waited for.
-    prepared, cuda = open_prepared(), device.type == "cuda"
-    files = [prepared.tokens / name for name in prepared.manifest["train"]]
-    made = batches(training_rows(files, T + 1, tokenizer.bos), B, pinned=cuda)
-    pool = ThreadPoolExecutor(1)
-    ahead = [pool.submit(next, made) for _ in range(BATCHES_AHEAD)]
+    is_cuda = device.type == "cuda"
 
-    def serve(_: int) -> tuple:
-        *halves, epoch = ahead.pop(0).result()
-        ahead.append(pool.submit(next, made))
-        return *(half.to(device, non_blocking=cuda) for half in halves), epoch
+    def make_batch() -> tuple[torch.Tensor, torch.Tensor, int]:
+        some = list(islice(rows, B))
+        tokens = torch.from_numpy(np.stack([row for row, _ in some]).astype(np.int64))
+        inputs = tokens[:, :-1].clone()
+        targets = tokens[:, 1:].clone()
+        if is_cuda:
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return inputs, targets, some[-1][1]
 
-    return map(serve, count())
+    def serve() -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        with ThreadPoolExecutor(1) as pool:
+            ahead = [pool.submit(make_batch) for _ in range(BATCHES_AHEAD)]
+            while True:
+                inputs, targets, epoch = ahead.pop(0).result()
+                ahead.append(pool.submit(make_batch))
+                # Only copies from pinned memory are not waited for: torch gives it to nobody else
+                # before they have ended. Each batch has memory of its own, never filled again.
+                inputs = inputs.to(device, non_blocking=is_cuda)
+                yield inputs, targets.to(device, non_blocking=is_cuda), epoch
+
+    return serve()
 
 
-# --- Evaluation ---------------------------
+# --- Evaluation ---------------------------------------------------------------
+# Besides the scored rows probes are scored, shuffled among them, in an order that nobody can
+# foresee. A probe is a scored row in another batch; in 7 of 8, all tokens from a secret place on,
+# its cut, are drawn at random. What a model may not do, and how it shows:
+#
+#   look at later tokens        its loss before a cut is not that of the scored row. Half of the
+#                               models are refused that do it at 1.5 % of positions (0.15 % at the
+#                               GPU scale), which is the share of the bits that they can gain.
+#   do so, and repeat its       it predicts the random tokens behind the cut better than chance,
+#   answers to known rows       which no honest model can. From 0.25 % on all are refused.
+#   look at other rows, or at   its loss in another batch is not that of the scored row.
+#   earlier batches
+#   learn from scored rows      its weights or buffers change, or its losses do.
+#   give losses of its own      it is asked for logits, never shown a target. A logit of -inf for a
+#                               token that is never right is a prediction like any other.
+#   score other rows or tokens  their SHA-256 is not the manifest's.
+#
+# No check in one process can see training on validation rows, another harness in this one's place,
+# a model that remembers rows and looks ahead only where text goes on as expected, work outside the
+# clock, or a lucky seed.
 
 LOGITS_AT_ONCE = 1 << 26  # more are turned into losses a slice at a time
-# An honest model repeats a loss to the last bit; what hides below is less than two seeds' spread.
+BATCHES_PER_PROBE_BATCH = 20  # 5 % more evaluation; two batches at least
+# A probe stands at its row's place in a batch of the same shape: an honest model repeats a loss to
+# the last bit on a CPU, and on CUDA if its kernels add in a fixed order (atomics do not). A cheat
+# that stays below this gains at most 0.0008 bits a byte; two seeds differ by more.
 LOSS_TOLERANCE_NATS = 0.002
-BATCHES_PER_PROBE = 40  # 2.5 % of an evaluation at the GPU scale; two probes at least
+# For each stake, a gambler bets this share of its money on every random token, and is paid the
+# model's probability over the true one. Without foresight its money stays at 1 in expectation, so
+# it comes to e^20 with a chance of at most e^-20 (Markov's inequality), four times that for four.
+STAKES = (0.001, 0.01, 0.1, 0.5)
+MOST_WON_NATS = 20.0
+OTHER_LOSS = (
+    "a loss that depends on later tokens, on other rows of the batch, on earlier batches or on "
+    "chance; if unintended: quantise a row at a time, share no capacity between rows, add in a "
+    "fixed order"
+)
 
 
-class Refused(ValueError):
+class Refused(HarnessError):
     """A model, or a state of the files, that is given no number."""
 
 
 def is_out_of_memory(failure: BaseException) -> bool:
-    """Also where a compiler or a library wrapped it."""
+    """Also where a compiler or a library has wrapped it."""
     words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
     return isinstance(failure, MemoryError) or any(word in str(failure) for word in words)
 
 
-@torch.no_grad()
-def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
-    """Bits per byte of `model` on the validation rows, the same for every `batch_size`.
-
-    `model(idx)` must give finite logits (B, T, V) from tokens (B, T). Raises Refused for one that
-    looks at future tokens, other rows or earlier batches or changes itself, and for altered files.
-    """
-    rows, lengths_V = read_unaltered(open_prepared(), tokenizer)
-    modes = [(module, module.training) for module in model.modules()]
-    losses = None
-    try:
-        model.eval()
-        before = raw_state(model)
-        while losses is None:
-            try:
-                losses = checked_losses(model, rows, batch_size, len(lengths_V))
-            except RuntimeError as failure:
-                if batch_size == 1 or not is_out_of_memory(failure):
-                    raise
-                batch_size //= 2
-                say(f"evaluation: out of memory; starting again, {batch_size} rows at a time")
-        for name, state in raw_state(model).items():
-            if name not in before or not before[name].equal(state):
-                raise Refused(f"the model changed its {name} while it was evaluated")
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    lengths_NT = lengths_V.astype(np.int32)[rows[:, 1:]]  # special tokens: 0, in neither sum
-    nats, num_bytes = losses[lengths_NT > 0].sum(dtype=float), lengths_NT.sum()
-    return float(nats / (np.log(2) * num_bytes))
-
-
-def read_unaltered(prepared: Prepared, tokenizer) -> tuple:
-    """Rows (N, T + 1) and `lengths_V`."""
-    folder = prepared.tokens
-    for name, digest in prepared.manifest["sha256"].items():
-        if sha256_of(folder / name) != digest:
-            raise Refused(f"{folder / name} was altered; remove {folder}, run: uv run prepare.py")
-    fresh = Tokenizer.from_directory(folder)
-    if getattr(tokenizer, "ranks", None) != fresh.ranks:
-        raise Refused("the tokenizer is not the prepared one; use Tokenizer.from_directory()")
-    return prepared.rows(), fresh.token_lengths()
-
-
-def raw_state(model) -> dict:
-    """Copies as bytes, in which NaN equals itself."""
-    state = chain(model.named_parameters(), model.named_buffers())
-    return {name: tensor.flatten().view(torch.uint8).clone() for name, tensor in state}
-
-
-def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
-    """Losses (N, T) in nats of a model that looks at nothing but earlier tokens of a row."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batches, T = -(-len(rows) // B), rows.shape[1] - 1
-    numbers = np.arange(batches * B) % len(rows)  # the last batch is filled with the first rows
-    tokens = torch.from_numpy(rows[numbers].astype(np.int64)).to(device)
-    losses = torch.cat([token_losses(model, V, batch) for batch in tokens.split(B)])
-    refuse_where(~losses.isfinite(), "logits that are not finite", numbers)
-    secret = np.random.default_rng()  # seeded by the system: no model can foresee it
-    for n in range(max(2, batches // BATCHES_PER_PROBE)):
-        # Rows of any batch, at their places, with other tokens from a cut on: a look ahead shows
-        # before it. Probe 0, of batch 0, leaves one row whole: there a look at other rows shows.
-        picks = secret.integers(batches if n else 1, size=B) * B + np.arange(B)
-        cut_B1 = secret.integers(1, T, (B, 1))
-        cut_B1[secret.integers(B)] += T * (n == 0)
-        added_BT = secret.integers(1, V, (B, T)) * (np.arange(T) >= cut_B1)
-        added_BT = torch.from_numpy(added_BT).to(device)
-        gaps_BT = (token_losses(model, V, tokens[picks], added_BT) - losses[picks]).abs()
-        other_BT = ~(gaps_BT <= LOSS_TOLERANCE_NATS) & (added_BT == 0)
-        if other_BT.any():
-            gaps_BT = (token_losses(model, V, tokens[picks]) - losses[picks]).abs()
-            leaks = gaps_BT[other_BT].max() <= LOSS_TOLERANCE_NATS  # with nothing changed
-            why = "only later tokens and other rows were changed" if leaks else "scored again"
-            refuse_where(other_BT, f"another loss when {why}", numbers[picks])
-    return losses[: len(rows)].cpu().numpy()
-
-
-def token_losses(model, V: int, tokens, added_BT=0) -> torch.Tensor:
-    """Cross-entropy (B, T) in nats; not finite where the logits are not."""
-    inputs, targets = (tokens[:, :-1] + added_BT) % V, tokens[:, 1:]  # share no memory
-    try:
-        logits = model(inputs)
-    except TypeError as failure:
-        raise Refused(f"model(idx) must give logits from tokens alone, but: {failure}") from failure
+def token_losses(model, V: int, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (B, T) in nats of logits that the model gives from the inputs alone."""
+    logits = model(inputs.clone())  # in memory that holds nothing else
     shape = (*inputs.shape, V)
     if type(logits) is not torch.Tensor or not logits.is_floating_point() or logits.shape != shape:
         seen = [getattr(logits, name, None) for name in ("__class__", "dtype", "shape")]
         raise Refused(f"model(idx) gave {seen}, not floating-point logits (B, T, V) = {shape}")
     logits = torch.Tensor.detach(logits)  # without methods that the model hung on it
-    slices = (t.flatten(0, 1).split(LOGITS_AT_ONCE // V) for t in (logits, targets))
-    # 0 x -inf is NaN: the loss alone does not show a logit of -inf for another token.
-    loss = partial(torch.nn.functional.cross_entropy, reduction="none")
-    losses = [loss(x.float(), y) + 0 * x.amin(-1) for x, y in zip(*slices, strict=True)]
+    logits_slices = logits.flatten(0, 1).split(LOGITS_AT_ONCE // V)
+    targets_slices = targets.flatten().split(LOGITS_AT_ONCE // V)
+    losses = []
+    for x, y in zip(logits_slices, targets_slices, strict=True):
+        losses.append(torch.nn.functional.cross_entropy(x.float(), y, reduction="none"))
     return torch.cat(losses).view_as(targets)
 
 
-def refuse_where(bad_BT, what: str, numbers) -> None:
-    if bad_BT.any():
-        row, position = divmod(int(bad_BT.flatten().int().argmax()), bad_BT.shape[1])
-        raise Refused(f"the model gave {what}: row {numbers[row]}, position {position}")
+@torch.no_grad()
+def score(model: torch.nn.Module, V: int, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Losses (batches, B, T) in nats, in evaluation mode, of a model that stays as it is."""
+
+    def state() -> dict[str, torch.Tensor]:
+        named = [*model.named_parameters(), *model.named_buffers()]
+        return {name: t.flatten().view(torch.uint8).clone() for name, t in named}  # NaN is NaN
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    inputs = torch.from_numpy(tokens[..., :-1].astype(np.int64)).to(device)
+    targets = torch.from_numpy(targets.astype(np.int64)).to(device)
+    before = state()
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        losses = [token_losses(model, V, x, y) for x, y in zip(inputs, targets, strict=True)]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    for name, after in state().items():
+        if name not in before or not before[name].equal(after):
+            raise Refused(f"the model changed its {name} while it was evaluated")
+    return torch.stack(losses).cpu().numpy()
 
 
-# --- Command line -------------------------
+def refuse_at(bad: np.ndarray, numbers: np.ndarray, what: str) -> None:
+    """Name the first bad position (rows, T) and the number of its row."""
+    if bad.any():
+        *row, position = np.argwhere(bad)[0]
+        raise Refused(f"row {numbers[tuple(row)]}, position {position}: the model gave {what}")
 
 
-say = partial(print, flush=True)
+class Probes(NamedTuple):
+    """P batches of scored rows, each at its place in a batch, random from its cut on."""
+
+    numbers_PB: np.ndarray  # of the rows
+    tokens: np.ndarray  # (P, B, T + 1)
+    targets_PBT: np.ndarray
+    is_own_PBT: np.ndarray  # whether the inputs so far, and the target, are the row's own
 
 
-def explain(failure: Exception) -> str:
-    if getattr(failure, "errno", None) is None:  # the network's have none either
-        return str(failure)
-    return f"{failure}: free some space or set AUTORESEARCH_CACHE to a folder that you may use"
+def make_probes(rows: np.ndarray, numbers: np.ndarray, secret: np.random.Generator) -> Probes:
+    """Probes for rows (N, T + 1) that are scored in batches of these numbers (batches, B)."""
+    num_batches, B = numbers.shape
+    T = rows.shape[1] - 1
+    P = max(2, num_batches // BATCHES_PER_PROBE_BATCH)
+    numbers_PB = numbers[secret.integers(num_batches, size=(P, B)), np.arange(B)]
+    cuts = secret.integers(1, T, size=P * B)  # the first random token
+    cuts[secret.permutation(P * B)[: -(-P * B // 8)]] = T  # in one of eight no input is random
+    cuts_PB1 = cuts.reshape(P, B, 1)
+    own = rows[numbers_PB]
+    drawn = secret.choice(rows[:, 1:].ravel(), own.shape)  # each token as often as in the text
+    # At cut - 1 the target is the row's own, though the next input is random: a model that looks
+    # one token ahead shows there.
+    is_own_PBT = np.arange(T) < cuts_PB1
+    return Probes(
+        numbers_PB,
+        tokens=np.where(np.arange(T + 1) < cuts_PB1, own, drawn),
+        targets_PBT=np.where(is_own_PBT, own[..., 1:], drawn[..., 1:]),
+        is_own_PBT=is_own_PBT,
+    )
+
+
+def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarray:
+    """Losses (N, T) in nats of rows (N, T + 1), if no check refuses the model."""
+    secret = np.random.default_rng()  # seeded by the system: no model can foresee it
+    num_batches = math.ceil(len(rows) / batch_size)
+    # The last batch is filled up with the first rows.
+    numbers = np.resize(np.arange(len(rows)), (num_batches, batch_size))
+    probes = make_probes(rows, numbers, secret)
+    tokens = np.concatenate([rows[numbers], probes.tokens])
+    targets = np.concatenate([rows[numbers, 1:], probes.targets_PBT])
+    order = secret.permutation(len(tokens))
+    losses = np.empty(targets.shape, np.float32)
+    losses[order] = score(model, V, tokens[order], targets[order])
+
+    losses_NT = losses[:num_batches].reshape(-1, rows.shape[1] - 1)[: len(rows)]
+    refuse_at(~np.isfinite(losses_NT), np.arange(len(rows)), "a loss that is not finite")
+    probe_losses_PBT = losses[num_batches:]
+    gaps_PBT = np.abs(probe_losses_PBT - losses_NT[probes.numbers_PB])
+    other_PBT = probes.is_own_PBT & ~(gaps_PBT <= LOSS_TOLERANCE_NATS)  # or not a number
+    refuse_at(other_PBT, probes.numbers_PB, OTHER_LOSS)
+    true_chance_V = np.bincount(rows[:, 1:].ravel(), minlength=V) / rows[:, 1:].size
+    paid = np.exp(-probe_losses_PBT) / true_chance_V[probes.targets_PBT]
+    for stake in STAKES:
+        won_nats = np.log1p(stake * (paid[~probes.is_own_PBT] - 1)).sum()
+        if not won_nats <= MOST_WON_NATS:
+            raise Refused("the model foresaw tokens drawn at random: it looks at later tokens")
+    return losses_NT
+
+
+def check_model(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> None:
+    """Run the checks on a batch of training rows: a model is refused before the clock starts."""
+    loader = make_dataloader(tokenizer, batch_size, MAX_SEQ_LEN, "train", device="cpu")
+    inputs, targets, _ = next(loader)
+    rows = torch.cat([inputs, targets[:, -1:]], dim=1).numpy()
+    checked_losses(model, rows, batch_size, tokenizer.get_vocab_size())
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """Cross-entropy per UTF-8 byte of target text, in bits. Lower is better.
+
+    >>> bits_per_byte(nats=np.log(256), num_bytes=1)  # a uniform guess over bytes
+    8.0
+    """
+    return float(nats / (np.log(2) * num_bytes))
+
+
+def say_bits(what: str, kinds_NT: np.ndarray, nats_NT: np.ndarray, lengths_NT: np.ndarray) -> None:
+    nats = np.bincount(kinds_NT.ravel(), nats_NT.ravel())
+    num_bytes = np.bincount(kinds_NT.ravel(), lengths_NT.ravel())
+    kinds = np.flatnonzero(num_bytes)
+    shown = " · ".join(f"{k} {bits_per_byte(nats[k], num_bytes[k]):.3f}" for k in kinds)
+    say(f"bits a byte by {what}: {shown}")
+
+
+def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
+    """Bits per byte of `model` on the validation rows, the same for every `batch_size`.
+
+    `model(idx)` must give logits (B, T, V) from tokens (B, T) int64. Prints where the bits go.
+    Raises Refused for a model that the table above has no number for, and for altered files.
+    """
+    prepared = open_prepared()
+    for name, digest in prepared.sha256.items():
+        if hash_of((prepared.folder / name).read_bytes()) != digest:
+            remedy = f"remove {prepared.folder}, run: uv run prepare.py"
+            raise Refused(f"{prepared.folder / name} was altered; {remedy}")
+    fresh = Tokenizer.from_directory(prepared.folder)
+    if getattr(tokenizer, "ranks", None) != fresh.ranks:
+        raise Refused("the tokenizer is not the prepared one; use Tokenizer.from_directory()")
+    rows = prepared.rows()
+    losses_NT = None
+    while losses_NT is None:
+        try:
+            losses_NT = checked_losses(model, rows, batch_size, fresh.get_vocab_size())
+        except (RuntimeError, MemoryError) as failure:
+            if batch_size == 1 or not is_out_of_memory(failure):
+                raise
+            batch_size //= 2
+            say(f"evaluation: out of memory; starting again, {batch_size} rows at a time")
+    lengths_NT = fresh.token_lengths()[rows[:, 1:]]
+    nats_NT = np.where(lengths_NT > 0, losses_NT, 0).astype(np.float64)  # special tokens: in no sum
+    eighth = math.ceil(MAX_SEQ_LEN / 8)
+    spans_T = np.arange(MAX_SEQ_LEN) // eighth * eighth  # the first position of each one's span
+    say_bits("position", np.broadcast_to(spans_T, nats_NT.shape), nats_NT, lengths_NT)
+    say_bits("token length (8 or more)", lengths_NT.clip(max=8), nats_NT, lengths_NT)
+    return bits_per_byte(nats_NT.sum(), lengths_NT.sum())
+
+
+# --- Command line -------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prepare the data set that DATASET names.")
-    parser.add_argument("--num-shards", type=int, help="training files (default: as before, or 10)")
-    num_shards = parser.parse_args().num_shards
-    if num_shards is not None and num_shards < 1:
-        parser.error("--num-shards must be at least 1")
+    parser.add_argument("--num-shards", type=int, help="fetch and encode so many files; -1: all")
+    parser.add_argument("--download-workers", type=int, default=8, help="files at a time")
+    arguments = parser.parse_args()
+    num_shards = arguments.num_shards
+    if arguments.download_workers < 1:
+        parser.error("--download-workers must be at least 1")
     try:
-        prepared = prepare(num_shards)
-    except (OSError, ValueError) as failure:
-        sys.exit(f"error: {explain(failure)}")
-    tokens = sum(map(prepared.manifest["bytes"].get, prepared.manifest["train"])) // 2
-    say(f"tokens:    {tokens:,} to train on, {len(prepared.rows()):,} rows to validate on")
-    say(f"benchmark: {benchmark_id(prepared)}\nnext:      uv run train.py")
+        prepared = prepare(num_shards, arguments.download_workers)
+    except HarnessError as failure:
+        sys.exit(f"error: {failure}")
+    num_tokens = sum(prepared.sizes[name] for name in prepared.train) // 2
+    say(f"tokens:    {num_tokens:,} to train on, {len(prepared.rows()):,} rows to validate on")
+    say(f"benchmark: {benchmark_id(prepared)}")
+    if num_shards not in (None, NUM_SHARDS) and DATASET in HUB:
+        say(f"to train on these files, set NUM_SHARDS = {num_shards} in prepare.py")
+    say("next:      uv run train.py")
 
 
 if __name__ == "__main__":

@@ -26,16 +26,19 @@ def median_s(run, clock=time.perf_counter) -> float:
 
 def main() -> None:
     print(f"opening what is prepared: {1000 * median_s(prepare.open_prepared):.1f} ms (< 300)")
-    tokenizer, folder = prepare.Tokenizer.from_directory(), prepare.open_prepared().tokens
+    prepared = prepare.open_prepared()
+    tokenizer = prepare.Tokenizer.from_directory()
     for B, T, target in ((16, 2048, 20), (16, 256, 10)):
-        batches = prepare.make_dataloader(tokenizer, B, T, "train", "cpu")
+        batches = prepare.make_dataloader(tokenizer, B, T, "train", device="cpu")
         next(batches)  # what is done once, such as filling a buffer, is not counted
         number = 3_000_000 // (B * T)
         seconds = median_s(lambda b=batches, n=number: list(islice(b, n)), time.process_time)
         millions = number * B * T / 1e6
         print(f"loader, T {T}, one core: {millions / seconds:.1f} M tokens/s (>= {target})")
-    sample = list(islice(next(iter(prepare.find_documents(None)[0].values()))(), 5000))
-    seconds = median_s(lambda: sum(map(len, prepare.encode_all(lambda: iter(sample), folder))))
+    documents = prepare.find_documents(prepared.folder, None, workers=8)
+    sample = list(islice(documents.texts(documents.train[0]), 5000))
+    encoders = [prepare.Tokenizer.from_directory() for _ in range(prepare.usable_cores())]
+    seconds = median_s(lambda: sum(map(len, prepare.encode_all(sample, encoders))))
     megabytes = sum(len(text.encode()) for text in sample) / 1e6
     print(f"tokenizing, all cores: {megabytes / seconds:.1f} MB/s (>= 25 on 2 cores)")
 

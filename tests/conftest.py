@@ -6,9 +6,9 @@ Where DESIGN.md's laws are tested:
  2 one number             test_evaluate, test_cheats, test_tokenizer (lengths of tokens)
  3 one clock              test_training (the clock, warm-up leaves no trace)
  4 comparable or refused  test_prepare (constants and the id), test_cheats (altered files)
- 5 nothing is lost        test_download, test_prepare (kills, two at once), test_program (git)
- 6 drop-in                test_training (somebody else's train.py)
- 7 importing does nothing test_training
+ 5 nothing is lost        test_download (two at once), test_prepare (kills), test_program (git)
+ 6 drop-in                test_prepare (each name of it), test_training (somebody else's train.py)
+ 7 importing does nothing test_training, test_prepare
  8 quiet logs             test_training, test_program
  9 small                  test_program (lines, bytes), test_ideas (one idea, one place)
 10 a plain baseline       test_model (parameters, a second model, numbers of the two scales)

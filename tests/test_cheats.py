@@ -4,12 +4,12 @@ Each cheat starts from a model that knows nothing, and would look better than th
 without checks. These draw where they look from the system's entropy; here from a fixed seed.
 
 Out of reach of checks in the same process: a model that read the validation file, was trained on
-it, changes the harness, looks into its variables, answers the checks from memory, claims to be out
-of memory to see everything twice, or looks ahead at one position of one row; and a lucky seed.
+it, changes the harness, looks into its variables, claims to be out of memory to see everything
+twice, looks ahead at one position of one row, or remembers rows and tells random tokens from text;
+and a lucky seed.
 """
 
 import hashlib
-import json
 import math
 import shutil
 import types
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 import prepare
 
 V, T = 400, 32  # those of `small`, with 25 rows to score
-AHEAD = r"another loss when only later tokens and other rows .*row \d+, position \d+"
-AGAIN = r"another loss when scored again: row \d+, position \d+"
+OTHER = r"row \d+, position \d+: the model gave a loss that depends on later tokens, on other rows"
+REFUSED = f"{OTHER}|foresaw tokens drawn at random|the model changed its weight"
 
 
 @pytest.fixture(autouse=True)
@@ -115,9 +115,9 @@ def cache_that_replays(m, x, idx):
 
 
 def cache_emptied(m, x, idx):
-    """Is at the end what it was for the first batch."""
+    """Is at the end what it was for the first batch: 24 or 6 batches, and two probes."""
     known_V = cache(m, x, idx)
-    if m.rows >= 32:
+    if m.rows >= 25:
         m.kept.clear()
     return known_V
 
@@ -152,49 +152,106 @@ def if_safe(safe, otherwise=NOTHING):
     return lambda *a: torch.where(torch.as_tensor(safe(a[0], a[-1])), harm(*a), otherwise)
 
 
+def like_text(m, idx):
+    """Whether all pairs of neighbours in a row (B, 1, 1) stand in the scored rows: no noise."""
+    if "pairs" not in m.kept:
+        rows = prepare.open_prepared().rows().astype(np.int64)
+        m.kept["pairs"] = torch.zeros(V, V, dtype=torch.bool)
+        m.kept["pairs"][rows[:, :-1], rows[:, 1:]] = True
+    return m.kept["pairs"][idx[:, :-1], idx[:, 1:]].all(1)[:, None, None]
+
+
 BEHAVE = {
     "honest at first": if_safe(lambda m, idx: m.calls > 1),
     "on every second batch": if_safe(lambda m, idx: m.calls % 2 == 1),
-    "not after the last": if_safe(lambda m, idx: m.calls % 2 == 0 and m.rows <= 32),
-    # Special tokens stand in no text, but in the checks' changed rows.
-    "honest to noise": if_safe(lambda m, idx: (idx <= V - 4).all(1)[:, None, None]),
+    "not after the third": if_safe(lambda m, idx: m.calls <= 3),
+    "honest to noise": if_safe(like_text),
     # It is neither above nor below a tolerance.
-    "not a number": if_safe(lambda m, idx: m.rows <= 32, otherwise=NOTHING * math.nan),
+    "not a number": if_safe(like_text, otherwise=NOTHING * math.nan),
 }
-EITHER = f"{AHEAD}|{AGAIN}"
-CHEATS = [(name, know, rows, AHEAD) for name, know in LOOKS.items() for rows in (2, 100)]
-CHEATS += [(name, know, rows, EITHER) for name, know in REMEMBER.items() for rows in (1, 8)]
-CHEATS += [(name, know, 8, EITHER) for name, know in BEHAVE.items()]
+
+
+def answers_for_the_original(m, x, idx):
+    """Looks ahead; a row that begins as one before gets the answers that that one got."""
+    known_BTV = LOOKS["window off by one"](m, x, idx).clone()
+    for row, tokens in enumerate(idx.tolist()):
+        known_BTV[row] = m.kept.setdefault(tuple(tokens[:4]), known_BTV[row].clone())
+    return known_BTV
+
+
+def repeats_itself(know):
+    """As far as a row is one that it was shown, it answers as then; else by what it knows."""
+
+    def repeat(m, x, idx):
+        known_BTV = know(m, x, idx).clone()
+        for row, tokens in enumerate(idx.tolist()):
+            for position in range(T):
+                answers = m.kept.setdefault(tuple(tokens[: position + 1]), known_BTV[row, position])
+                known_BTV[row, position] = answers
+        return known_BTV
+
+    return repeat
+
+
+NEXT = look(AHEAD_TT == 1)
+RARELY = PLACE_T[:, None] % 4 == 0
+REMEMBER_ROWS = {
+    "answers for the original": answers_for_the_original,
+    "repeats itself": repeats_itself(NEXT),
+    "repeats itself, rarely": repeats_itself(lambda *a: torch.where(RARELY, NEXT(*a), NOTHING)),
+}
+CHEATS = [(name, know, rows) for name, know in LOOKS.items() for rows in (2, 100)]
+CHEATS += [(name, know, rows) for name, know in REMEMBER.items() for rows in (4, 8)]
+CHEATS += [(name, know, rows) for name, know in REMEMBER_ROWS.items() for rows in (8, 100)]
+CHEATS += [(name, know, 8) for name, know in BEHAVE.items()]
 
 
 @pytest.mark.parametrize(
-    ("know", "batch_size", "why"),
-    [pytest.param(know, rows, why, id=f"{name}-{rows}") for name, know, rows, why in CHEATS],
+    ("know", "batch_size"),
+    [pytest.param(know, rows, id=f"{name}-{rows}") for name, know, rows in CHEATS],
 )
-def test_look_at_the_future_other_rows_or_earlier_batches_is_refused(know, batch_size, why, small):
+def test_look_at_the_future_other_rows_or_earlier_batches_is_refused(know, batch_size, small):
     assert unchecked_nats(Uniform(know), small, batch_size) < math.log(V) - 1e-4
-    with refused(why):
+    with refused(REFUSED):
         score(Uniform(know), batch_size)
 
 
 def test_look_ahead_is_refused_with_one_row_at_a_time_whatever_the_secret(small, monkeypatch):
-    for seed in range(8):
-        secret = np.random.PCG64(seed)  # instead of the system's entropy: none is given a seed
-        monkeypatch.setattr(np.random, "default_rng", lambda *, s=secret: np.random.Generator(s))
-        for name in ("mean of the row", "attention without a mask", "window off by one"):
-            with refused(AHEAD):
+    fresh = np.random.Generator
+    for name in ("mean of the row", "attention without a mask", "window off by one"):
+        refusals = 0
+        for seed in range(12):
+            secret = fresh(np.random.PCG64(seed))
+            monkeypatch.setattr(np.random, "default_rng", lambda *_, s=secret: s)
+            try:
                 score(Uniform(LOOKS[name]), 1)
+            except prepare.Refused:
+                refusals += 1
+        assert refusals >= 10, name  # by one altered row, whose first random token may be its own
 
 
-def test_look_at_other_rows_at_the_last_position_alone_is_refused(small):
+def test_what_remembers_and_tells_noise_from_text_is_seen_by_no_check_as_the_table_says(small):
+    shrewd = repeats_itself(lambda *a: torch.where(like_text(a[0], a[-1]), NEXT(*a), NOTHING))
+    assert score(Uniform(shrewd)) < 0.9 * score(Uniform())
+
+
+def test_look_at_other_rows_at_the_last_position_alone_is_refused(small, monkeypatch):
     guesses_VV = torch.rand(V, V, generator=torch.Generator().manual_seed(0)).softmax(-1)
 
     def checksum_of_row_above(m, x, idx):
         return torch.where(LAST_TV, guesses_VV[idx.sum(1, keepdim=True).roll(1, 0) % V], NOTHING)
 
+    # A row as it is shows it, in one probe of two; now and then two guesses are as good.
+    numbers = np.random.default_rng
     for batch_size in (2, 100):
-        with refused(AHEAD):
-            score(Uniform(checksum_of_row_above), batch_size)
+        refusals = 0
+        for seed in range(8):
+            monkeypatch.setattr(np.random, "default_rng", lambda s=seed: numbers(s))
+            try:
+                score(Uniform(checksum_of_row_above), batch_size)
+            except prepare.Refused:
+                refusals += 1
+        assert refusals >= 7
 
 
 CHANGES = [
@@ -235,28 +292,42 @@ def test_anything_but_logits_is_refused_by_name(kind, small):
         score(model)
 
 
+class Spoiled(Uniform):
+    """One logit is `value` where a row has begun as the marked one does."""
+
+    def __init__(self, row, position, column, value):
+        super().__init__()
+        self.marked, self.place = row, (position, column, value)
+
+    def forward(self, idx):
+        logits, (position, column, value) = torch.zeros(*idx.shape, V), self.place
+        begun = (idx == self.marked)[:, : position + 1].all(1)
+        logits[begun, position, column] = value
+        return logits
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(("row", "position", "column"), [(0, 0, 0), (24, 31, 399)])
-def test_a_logit_that_is_not_finite_is_refused_by_its_place(value, row, position, column, small):
-    marked = torch.from_numpy(small.rows()[row, :-1].astype(np.int64))
-
-    class Spoiled(Uniform):
-        def forward(self, idx):
-            logits = torch.zeros(*idx.shape, V)
-            logits[(idx == marked).all(1), position, column] = value
-            return logits
-
+@pytest.mark.parametrize(("row", "position"), [(0, 0), (24, 31)])
+def test_a_loss_that_is_not_finite_is_refused_by_its_place(value, row, position, small):
+    marked = torch.from_numpy(small.rows()[row].astype(np.int64))
+    target, other = marked[position + 1], (marked[position + 1] + 1) % V
     for batch_size in (1, 100):
-        with refused(f"not finite: row {row}, position {position}$"):
-            score(Spoiled(), batch_size)
+        for column in (target, other):
+            model = Spoiled(marked[:-1], position, column, value)
+            if value == -math.inf and column == other:
+                # A token that is never right, said so: the others share its probability.
+                assert score(model, batch_size) < score(Uniform(), batch_size)
+                continue
+            with refused(f"^row {row}, position {position}: the model gave a loss that is not fin"):
+                score(model, batch_size)
 
 
 def test_model_that_asks_for_the_targets_or_is_not_the_same_twice_is_refused(small):
     model = Uniform(lambda *_: torch.rand(V).softmax(-1))
-    with refused(AGAIN):
+    with refused(OTHER):
         score(model)
     model.forward = lambda idx, targets: F.one_hot(targets, V) * 99.0
-    with refused("from tokens alone.*targets"):
+    with pytest.raises(TypeError, match="targets"):
         score(model)
 
 
@@ -265,7 +336,7 @@ def test_methods_hung_on_the_logits_are_not_called(small):
         def forward(self, idx):
             logits = super().forward(idx).clone()
             known = F.one_hot(idx.roll(-1, 1), V) * 99.0
-            for name in ("split", "flatten", "float", "detach", "amin", "to", "view"):
+            for name in ("split", "flatten", "float", "detach", "to", "view"):
                 setattr(logits, name, lambda *_, **__: known)
             return logits
 
@@ -273,7 +344,7 @@ def test_methods_hung_on_the_logits_are_not_called(small):
 
 
 def test_tampering_with_tokens_or_files_meanwhile_changes_nothing(small):
-    file = small.tokens / small.manifest["rows"]
+    file = small.folder / "rows.bin"
 
     def tamper(m, x, idx):
         # Its memory holds nothing else: no targets to read.
@@ -305,7 +376,7 @@ def test_tokenizer_with_other_tokens_is_refused_and_its_lengths_are_not_asked_fo
 @pytest.mark.parametrize("which", ["tokenizer.tiktoken", "rows"])
 def test_altered_file_is_refused_and_with_its_hash_is_another_benchmark(which, small):
     expected, tokenizer = score(Uniform()), prepare.Tokenizer.from_directory()
-    file = small.tokens / small.manifest.get(which, which)
+    file = small.folder / "rows.bin" if which == "rows" else small.folder / which
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -314,9 +385,8 @@ def test_altered_file_is_refused_and_with_its_hash_is_another_benchmark(which, s
         prepare.evaluate_bpb(model, tokenizer, 8)
     assert model.calls == 0, "scored before the files were checked"
     before = prepare.benchmark_id(small)
-    small.manifest["sha256"][file.name] = hashlib.sha256(content).hexdigest()
-    prepare.manifest_path().write_text(json.dumps(small.manifest))
-    assert prepare.benchmark_id(prepare.open_prepared()) != before
+    small.sha256[file.name] = hashlib.sha256(content).hexdigest()
+    assert prepare.benchmark_id(small) != before
     # The remedy in the message works.
     folder, command = str(refusal.value).split("remove ")[1].split(", run: ")
     assert command == "uv run prepare.py"

@@ -68,9 +68,9 @@ def test_files_arrive_whole_and_once_and_the_first_before_another_is_asked_for(h
 
 
 def test_a_file_in_a_folder_of_the_repository_arrives(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "receive", lambda url, part: part.write_bytes(WHOLE) and None)
-    prepare.download(REPOSITORY, ["data/one.parquet"], tmp_path / "raw")
-    assert (tmp_path / "raw/data/one.parquet").read_bytes() == WHOLE
+    monkeypatch.setattr(prepare, "receive", lambda url, part, bar: part.write_bytes(WHOLE) and None)
+    prepare.download(REPOSITORY, ["sub/one.parquet"], tmp_path / "data", 2)
+    assert (tmp_path / "data/sub/one.parquet").read_bytes() == WHOLE
 
 
 def test_token_goes_to_the_endpoint_and_never_to_the_content_host(hub, tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def test_remains_of_any_kind_end_as_the_whole_file(hub, tmp_path, left, ending):
 
 
 def fails(match: str):
-    return pytest.raises(ConnectionError, match=match)
+    return pytest.raises(prepare.HarnessError, match=match)
 
 
 @pytest.mark.parametrize("code, tries", [(401, 1), (403, 1), (404, 1), (429, 6), (500, 6)])
@@ -208,7 +208,17 @@ def test_file_that_is_never_whole_is_given_up_and_never_named(hub, tmp_path, ans
     assert {request.name for request in hub.endpoint.asked} == {VALIDATION}
 
 
-def test_full_disk_ends_at_once_and_keeps_what_it_has(hub, tmp_path, monkeypatch):
+@pytest.fixture
+def climbmix(hub, monkeypatch):
+    """The hub's files are ClimbMix's, two to train on; constants are small."""
+    hub.repository = prepare.HUB["climbmix"].repository
+    constants = {"VOCAB_SIZE": 300, "MAX_SEQ_LEN": 32, "EVAL_TOKENS": 1024, "NUM_SHARDS": 2}
+    for name, value in (constants | {"DATASET": "climbmix"}).items():
+        monkeypatch.setattr(prepare, name, value)
+    return hub
+
+
+def test_full_disk_ends_at_once_and_keeps_what_it_has(climbmix, monkeypatch):
     class SmallDisk(io.FileIO):
         def write(self, block) -> int:
             if self.tell() + len(block) > 200_000:
@@ -217,11 +227,26 @@ def test_full_disk_ends_at_once_and_keeps_what_it_has(hub, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "open", lambda *a: SmallDisk(*a), raising=False)
-        with fails(f"{VALIDATION}.*No space left.*free some space"):
-            download(tmp_path)
-    assert len(hub.content.asked) == 1 and VALIDATION not in contents(tmp_path)
-    download(tmp_path)
-    assert first_bytes(hub.content.asked)[1] > 100_000
+        with fails("No space left.*free some space"):
+            prepare.prepare()
+    assert len(climbmix.content.asked) == 1
+    assert VALIDATION not in contents(Path(prepare.DATA_DIR))
+    prepare.prepare()
+    assert contents(Path(prepare.DATA_DIR)) == FILES
+    assert first_bytes(climbmix.content.asked)[1] > 100_000
+
+
+def test_shards_that_the_reference_has_left_are_used_and_not_fetched_again(climbmix):
+    directory = Path(prepare.CACHE_DIR, "data")
+    directory.mkdir(parents=True)
+    for name in (VALIDATION, TRAIN[1]):
+        (directory / name).write_bytes(FILES[name])
+    prepare.prepare()
+    assert {request.name for request in climbmix.endpoint.asked} == {TRAIN[0]}
+    assert contents(directory) == FILES
+    climbmix.endpoint.asked.clear()
+    prepare.prepare(num_shards=1)
+    assert climbmix.endpoint.asked == []
 
 
 # Forks: importing torch anew for each kill would take longer than the rest. The timer's signal
@@ -267,19 +292,18 @@ prepare.main()
 
 
 def test_command_started_twice_at_once_downloads_once_and_ends_well_twice(hub, tmp_path):
-    hub.repository, both_began = "karpathy/climbmix-400b-shuffle", threading.Event()
+    hub.repository, both_began = prepare.HUB["climbmix"].repository, threading.Event()
     hub.content.faults[VALIDATION] = iter([lambda *a: (both_began.wait(), send(*a))])
-    command = [sys.executable, "-c", SMALL, "--num-shards", "2"]
+    command = [sys.executable, "-c", SMALL, "--num-shards", "2", "--download-workers", "3"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     processes = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
     try:
-        first_lines = sorted(process.stdout.readline() for process in processes)
+        assert all("preparing climbmix" in process.stdout.readline() for process in processes)
     finally:
         both_began.set()
     for process in processes:
         output, errors = process.communicate()
         assert (process.returncode, errors) == (0, "")
         assert output.splitlines()[-1] == "next:      uv run train.py"
-    assert "waiting for it" in first_lines[0] and "downloading 3 files" in first_lines[1]
-    assert contents(tmp_path / "cache/climbmix/raw") == FILES
+    assert contents(tmp_path / "cache/data") == FILES
     assert sorted(request.name for request in hub.endpoint.asked) == sorted(NAMES)

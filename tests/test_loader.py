@@ -9,24 +9,25 @@ import pytest
 import torch
 
 import prepare
-from prepare import Tokenizer, make_dataloader
+from prepare import HarnessError, Tokenizer, make_dataloader
 
 
 def loader(B=4, T=32, split="train", device="cpu"):
-    return make_dataloader(Tokenizer.from_directory(), B, T, split, device)
+    return make_dataloader(Tokenizer.from_directory(), B, T, split, device=device)
 
 
-def rows_of_epoch(number: int) -> np.ndarray:
+def rows_of_epoch(number: int, split: str = "train") -> np.ndarray:
     """The rows put together again: (rows, T + 1)."""
-    batches = takewhile(lambda batch: batch[2] <= number, loader(1))
+    batches = takewhile(lambda batch: batch[2] <= number, loader(1, split=split))
     rows = [[*x[0].tolist(), y[0, -1].item()] for x, y, epoch in batches if epoch == number]
     return np.stack(rows)
 
 
 @pytest.mark.parametrize("B", [1, 4])
-def test_targets_are_the_inputs_shifted_by_one_in_memory_of_their_own(small, B):
-    bos = Tokenizer.from_directory().bos
-    for inputs, targets, epoch in islice(loader(B), 5):
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_targets_are_the_inputs_shifted_by_one_in_memory_of_their_own(small, B, split):
+    bos = Tokenizer.from_directory().get_bos_token_id()
+    for inputs, targets, epoch in islice(loader(B, split=split), 5):
         assert inputs.shape == targets.shape == (B, 32)
         assert inputs.dtype == targets.dtype == torch.int64 and epoch == 1
         assert inputs[:, 1:].equal(targets[:, :-1])
@@ -41,26 +42,29 @@ def test_order_is_the_same_for_every_batch_size_and_no_batch_is_written_over_lat
     assert by_one.equal(torch.cat(by_eight))
 
 
+def test_val_serves_the_scored_rows_first_and_no_text_of_train(small):
+    scored, served = small.rows(), rows_of_epoch(1, "val")
+    assert np.array_equal(served[: len(scored)], scored)
+    assert np.array_equal(rows_of_epoch(2, "val"), served)  # in the same order
+    tokenizer = Tokenizer.from_directory()
+    trained = tokenizer.decode(rows_of_epoch(1).flatten())
+    assert not any(tokenizer.decode(row[1:20]) in trained for row in scored)
+
+
 @pytest.mark.parametrize(("shard_bytes", "shards"), [(1 << 28, [1]), (20_000, range(3, 30))])
 def test_epoch_rises_when_all_text_was_served_once(own_text, shard_bytes, shards, monkeypatch):
     monkeypatch.setattr(prepare, "SHARD_BYTES", shard_bytes)
     prepared = prepare.prepare()
-    names = prepared.manifest["train"]
-    assert len(names) in shards
-    tokens = np.concatenate([np.fromfile(prepared.tokens / name, np.uint16) for name in names])
-    whole, served = Counter(tokens.tolist()), Counter(rows_of_epoch(2).flatten().tolist())
-    bos = Tokenizer.from_directory().bos
-    whole[bos] = served[bos] = 0  # a row may need more of these, or fewer
-    assert served <= whole
-    # What does not fill the last row of a shard is lost.
-    assert whole.total() - served.total() < 33 * len(names)
-
-
-def test_each_epoch_has_an_order_of_its_own(small):
-    first, second, third = (rows_of_epoch(number) for number in (1, 2, 3))
-    assert len(first) > len(second) and abs(len(second) - len(third)) <= 1
-    assert not np.array_equal(second[:20], third[:20])
-    assert not np.array_equal(first[-len(second) :][:20], second[:20])
+    assert len(prepared.train) in shards
+    tokens = [np.fromfile(prepared.folder / name, np.uint16) for name in prepared.train]
+    whole = Counter(np.concatenate(tokens).tolist())
+    bos = Tokenizer.from_directory().get_bos_token_id()
+    for number in (1, 2):
+        served = Counter(rows_of_epoch(number).flatten().tolist())
+        whole[bos] = served[bos] = 0  # a row may need more of these, or fewer
+        assert served <= whole
+        # What does not fill the last row of a file is lost, of first pieces and of rests.
+        assert whole.total() - served.total() < 2 * 33 * len(prepared.train)
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -81,17 +85,17 @@ def test_only_copies_from_pinned_memory_are_not_waited_for(small, monkeypatch, d
 def test_a_busy_gpu_still_reads_what_was_packed(small):
     expected = list(islice(loader(), 50))
     torch.cuda._sleep(1_000_000_000)  # cycles: half a second, in which the copies only queue
-    seen = list(islice(loader(device="cuda"), 50))
+    seen = list(islice(loader(device=None), 50))  # the GPU, as there is one
     for (x, y, _), (inputs, targets, _) in zip(seen, expected, strict=True):
-        assert x.cpu().equal(inputs) and y.cpu().equal(targets)
+        assert x.is_cuda and x.cpu().equal(inputs) and y.cpu().equal(targets)
 
 
 def test_what_cannot_be_served_is_refused(small):
-    for split in ("test", "val"):
-        with pytest.raises(ValueError, match=f'split "{split}" is not "train"'):
-            loader(split=split)
-    with pytest.raises(ValueError, match="does not fill one row of 60001 tokens"):
-        next(loader(T=60_000))
+    with pytest.raises(ValueError, match='split "test" is neither "train" nor "val"'):
+        loader(split="test")
+    for split in ("train", "val"):
+        with pytest.raises(HarnessError, match="too little text: 0 of 1 rows of 60001 tokens"):
+            next(loader(T=60_000, split=split))
 
 
 def test_the_thread_ends_with_its_loader(small):
@@ -105,10 +109,10 @@ def test_the_thread_ends_with_its_loader(small):
 
 
 def test_an_error_in_the_thread_reaches_the_caller(small, monkeypatch):
-    def training_rows(*_):
+    def endless_rows(*_, **__):
         yield np.arange(33), 1
         raise OSError(5, "the disk went away")
 
-    monkeypatch.setattr(prepare, "training_rows", training_rows)
+    monkeypatch.setattr(prepare, "endless_rows", endless_rows)
     with pytest.raises(OSError, match="the disk went away"):
         list(islice(loader(B=1), 5))
