@@ -10,36 +10,52 @@ B batch (rows) · T time · C width · H heads · D head width · V vocabulary. 
 import ctypes
 import faulthandler
 import gc
+import json
 import math
 import os
+import platform as host
+import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch reads it once
+# Importing this file reads no clock; running it counts the imports below.
+STARTED_S = time.perf_counter() if __name__ == "__main__" else None
+IS_WSL = "microsoft" in host.release().lower()
+# torch reads these when it is imported; what a person has set holds.
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")  # saves FA3 5 s
+if not IS_WSL:  # there, drivers before R615 fail with it
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import get_total_norm
+from tqdm import tqdm
 
 import prepare
-from prepare import MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, evaluate_bpb, make_dataloader
+from prepare import MAX_SEQ_LEN, TIME_BUDGET, HarnessError, say
 
-# --- Hyperparameters ----------------------
+# --- Hyperparameters -----------------------------------------------------------
+
+SCALE = "gpu" if torch.cuda.is_available() else "small"
 
 
 def scale(gpu, small):
-    """The value for a machine with CUDA, and the one for a machine without."""
-    return gpu if torch.cuda.is_available() else small
+    """Two columns: the number for a machine with CUDA, and that for one without."""
+    return gpu if SCALE == "gpu" else small
 
 
 DEPTH = scale(8, 4)  # layers
 ASPECT_RATIO = scale(64, 40)  # width = DEPTH x ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = scale(128, 80)
+N_KV_HEAD = 0  # heads of keys and values, which must divide those of queries; 0: as many
 WINDOW_PATTERN = "SSSL"  # tiled over the layers: S short, L the whole row; the last is always L
 SHORT_WINDOW = scale(1 / 2, 1 / 4)  # of a row
 ROTARY_BASE = 10_000
@@ -74,16 +90,20 @@ WARMUP_RATIO = 0.0  # of the time budget
 WARMDOWN_RATIO = scale(0.5, 0.7)
 FINAL_LR_FRAC = 0.0
 SEED = os.environ.get("SEED", "42")  # a second one tells a gain from luck
+
+ATTENTION = ""  # "": by rule, and compared with written_out; one of BACKENDS: taken as it is
 QUERY_BLOCK = 128  # queries at a time, where attention is written out
-TRIAL_STEPS = 2  # on weights that are thrown away
+TRIAL_PROGRESS = (0.0, 0.5, 1.0)  # of the steps before the clock, on weights thrown away
 MAX_LOSS = 100.0  # a run beyond it is ended
 LOG_LINES = 25
-HUNG_AFTER_S = TIME_BUDGET + 300  # each: before the clock, in it, after it
+DIAGNOSED_AT = (0.25, 0.5, 0.75, 0.98)  # of the time budget
+HUNG_AFTER_S = TIME_BUDGET + 300  # ends a run that is so long before, in or after the clock
 
-# --- Model --------------------------------
+# --- Model ---------------------------------------------------------------------
 
 
-class GPTConfig(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
     """The sizes of a model; with the constants above, all that decides what it is."""
 
     sequence_len: int
@@ -92,14 +112,14 @@ class GPTConfig(NamedTuple):
     n_head: int
     n_kv_head: int
     n_embd: int
-    window_pattern: str = "SSSL"
-    short_window: float = 1 / 2
-    value_embedding_every: int = 2
+    window_pattern: str
+    short_window: float
+    value_embedding_every: int
 
     def windows(self) -> list[int]:
         """For each layer, how many tokens before itself a token sees."""
-        short = max(1, int(self.sequence_len * self.short_window))
-        sizes, pattern = {"L": self.sequence_len, "S": short}, self.window_pattern
+        sizes = {"L": self.sequence_len, "S": max(1, int(self.sequence_len * self.short_window))}
+        pattern = self.window_pattern
         letters = [pattern[layer % len(pattern)] for layer in range(self.n_layer - 1)]
         return [sizes[letter] for letter in [*letters, "L"]]
 
@@ -108,22 +128,22 @@ def norm(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding (arXiv 2104.09864) of (B, T, H, D): first half paired with the second."""
-    a, b = x.chunk(2, dim=-1)
+def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (arXiv 2104.09864): a head's first half is paired with its second."""
+    a, b = x_BTHD.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def uniform(weight: torch.Tensor, std: float) -> None:
-    nn.init.uniform_(weight, -(3**0.5) * std, 3**0.5 * std)  # of standard deviation std
-
-
 class Linear(nn.Linear):
-    """A matrix without bias, uniform or zero, in float32; multiplied in the type of its input."""
+    """A matrix without bias, in float32, that is multiplied in the type of its input.
 
-    def __init__(self, inputs: int, outputs: int, std: float = 0.0):
+    A `std` of 0 is for the last matrix of a branch alone: two such matrices would never learn.
+    """
+
+    def __init__(self, inputs: int, outputs: int, std: float):
         super().__init__(inputs, outputs, bias=False)
-        uniform(self.weight, std)
+        bound = 3**0.5 * std  # a uniform on ±√3·s has standard deviation s, and no outliers
+        nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -134,30 +154,35 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int, attend: Callable):
         super().__init__()
+        self.attend = attend
+        self.window = config.windows()[layer]
         self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]  # of q, k, v
-        self.window, self.attend = config.windows()[layer], attend
-        C, kv_width = config.n_embd, config.n_embd // config.n_head * config.n_kv_head
+        C = config.n_embd
+        kv_width = C // config.n_head * config.n_kv_head
         std = MATRIX_STD * C**-0.5
-        self.c_q, self.c_proj = Linear(C, C, std), Linear(C, C)
-        self.c_k, self.c_v = Linear(C, kv_width, std), Linear(C, kv_width, std)
+        self.c_q = Linear(C, C, std)
+        self.c_k = Linear(C, kv_width, std)
+        self.c_v = Linear(C, kv_width, std)
+        self.c_proj = Linear(C, C, std=0.0)
         self.value_embedding = None
         if (config.n_layer - 1 - layer) % config.value_embedding_every == 0:
             self.value_embedding = nn.Embedding(config.vocab_size, kv_width)
-            uniform(self.value_embedding.weight, std)
-            self.gate = Linear(min(GATE_CHANNELS, C), config.n_kv_head)
+            nn.init.uniform_(self.value_embedding.weight, -(3**0.5) * std, 3**0.5 * std)
+            self.gate = Linear(min(GATE_CHANNELS, C), config.n_kv_head, std=0.0)
 
     def forward(self, x, idx, cos, sin):
         B, T, C = x.shape
-        weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])  # one product
+        # One product of three matrices, which Muon orthogonalizes each for itself.
+        weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])
         qkv = F.linear(x, weight.to(x.dtype)).view(B, T, sum(self.heads), -1)
-        q, k, v = qkv.split(self.heads, 2)
+        q, k, v = qkv.split(self.heads, dim=2)  # each (B, T, H, D)
         if self.value_embedding is not None:
             gate_BTH = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
             v = v + gate_BTH.unsqueeze(-1) * self.value_embedding(idx).to(x.dtype).view_as(v)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
-        if k.size(2) < q.size(2):
-            k, v = (t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in (k, v))
-        return self.c_proj(self.attend(q, k, v, self.window).reshape(B, T, C))
+        q = norm(rotate(q, cos, sin))
+        k = norm(rotate(k, cos, sin))
+        y = self.attend(q, k, v, self.window)
+        return self.c_proj(y.reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -165,8 +190,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        C, hidden = config.n_embd, MLP_RATIO * config.n_embd
-        self.c_fc, self.c_proj = Linear(C, hidden, MATRIX_STD * C**-0.5), Linear(hidden, C)
+        C = config.n_embd
+        self.c_fc = Linear(C, MLP_RATIO * C, std=MATRIX_STD * C**-0.5)
+        self.c_proj = Linear(MLP_RATIO * C, C, std=0.0)
 
     def forward(self, x):
         return self.c_proj(F.relu(self.c_fc(x)).square())
@@ -192,12 +218,13 @@ class Head(Linear):
     """Soft-capped logits (B, T, V) float32; with targets (B, T) their cross-entropy in nats."""
 
     def __init__(self, config: GPTConfig):
-        super().__init__(config.n_embd, config.vocab_size)
+        super().__init__(config.n_embd, config.vocab_size, std=0.0)
         nn.init.normal_(self.weight, std=HEAD_STD)
 
     def forward(self, x, targets=None, reduction="mean"):
         z = super().forward(norm(x)).float()
-        logits = LOGIT_SOFT_CAP * torch.tanh(z / LOGIT_SOFT_CAP)
+        # cap · tanh(z / cap), by a sigmoid: on a GPU tanh takes longer than reading the logits.
+        logits = LOGIT_SOFT_CAP * (2 * torch.sigmoid(2 / LOGIT_SOFT_CAP * z) - 1)
         if targets is None:
             return logits
         # Compiled, this never holds the logits in float32.
@@ -213,25 +240,33 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, attend: Callable, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config = config
+        self.dtype = dtype
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         nn.init.normal_(self.wte.weight, std=EMBEDDING_STD)
         self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
         self.lm_head = Head(config)
-        D = config.n_embd // config.n_head
-        frequencies = ROTARY_BASE ** -(torch.arange(0, D, 2) / D)
+        half = config.n_embd // config.n_head // 2
+        frequencies = ROTARY_BASE ** -(torch.arange(half) / half)
         angles = torch.outer(torch.arange(config.sequence_len), frequencies)[:, None]  # (T, 1, D/2)
         self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
         self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
 
     def compile(self) -> None:
-        """Compile the layers, each kind once, and the head. A copy of the model runs eagerly."""
-        torch._dynamo.config.recompile_limit = 64  # kinds: value embedding, window, evaluation
+        """On CUDA as one graph, the fastest; else each kind of layer once, which compiles sooner.
+
+        What cannot be traced whole is an error. A deep copy of the model is not compiled.
+        """
+        # Kinds: with or without value embedding, each window, with and without gradients.
+        torch._dynamo.config.recompile_limit = 64
+        if self.wte.weight.is_cuda:
+            return super().compile(dynamic=False, fullgraph=True)
         for part in [*self.blocks, self.lm_head]:
-            part.compile(dynamic=False, fullgraph=True)  # a break would be silent, and slow
+            part.compile(dynamic=False, fullgraph=True)
 
     def forward(self, idx, targets=None, reduction="mean"):
-        cos, sin = self.cos[: idx.size(1)], self.sin[: idx.size(1)]
+        cos = self.cos[: idx.size(1)]
+        sin = self.sin[: idx.size(1)]
         x0 = norm(self.wte(idx).to(self.dtype))
         x = x0.clone()  # given one tensor twice, the first layer would be a kind of its own
         for block in self.blocks:
@@ -239,19 +274,19 @@ class GPT(nn.Module):
         return self.lm_head(x, targets, reduction)
 
     def tables(self) -> list[nn.Parameter]:
-        """The weights that are looked up and never multiplied."""
-        embeddings = [m.weight for m in self.modules() if isinstance(m, nn.Embedding)]
-        multiplied = {m.weight for m in self.modules() if isinstance(m, nn.Linear)}
-        return [weight for weight in embeddings if weight not in multiplied]
+        """The weights that are looked up and never multiplied, as one tied to the head is."""
+        multiplied = {module.weight for module in self.modules() if isinstance(module, nn.Linear)}
+        tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
+        return [table for table in tables if table not in multiplied]
 
     def flops_per_token(self) -> int:
         """Forward and backward, of matrix products alone: 6 a weight, and the attention."""
-        matrices = sum(p.numel() for p in self.parameters() if p.ndim > 1)
-        matrices -= sum(table.numel() for table in self.tables())
-        return 6 * matrices + sum(12 * self.config.n_embd * w for w in self.config.windows())
+        weights = sum(p.numel() for p in self.parameters() if p.ndim > 1)
+        weights -= sum(table.numel() for table in self.tables())
+        return 6 * weights + 12 * self.config.n_embd * sum(self.config.windows())
 
 
-# --- Optimizer ----------------------------
+# --- Optimizer -----------------------------------------------------------------
 
 # Amsel et al., arXiv 2505.16932: a, b, c of X <- aX + (bA + cA²)X with A = XXᵀ, for 5 steps.
 POLAR_EXPRESS = (
@@ -265,85 +300,109 @@ POLAR_EXPRESS = (
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Polar Express: bring the singular values of (count, rows, columns) near 1."""
-    size = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    x = (matrices / (1.02 * size + 1e-6)).to(matrices.dtype)
+    norms = matrices.float().norm(dim=(-2, -1), keepdim=True)
+    x = (matrices / (1.02 * norms + 1e-6)).to(matrices.dtype)
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+    if tall:
+        x = x.mT
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x
 
 
-def normalize_neurons(update: torch.Tensor, second: torch.Tensor, beta2: float) -> torch.Tensor:
-    """NorMuon (arXiv 2510.05491): even out rows or columns; the whole keeps its norm."""
-    # `second`, the running mean of squares, is (count, rows, 1) or (count, 1, columns).
-    dim = -1 if second.size(-1) == 1 else -2
-    second.lerp_(update.square().mean(dim=dim, keepdim=True), 1 - beta2)
-    evened = update * second.clamp_min(1e-10).rsqrt()
-    norms = [torch.linalg.vector_norm(u, dim=(-2, -1), keepdim=True) for u in (update, evened)]
-    return evened * (norms[0] / norms[1].clamp_min(1e-10))
-
-
 class Muon(torch.optim.Optimizer):
-    """Muon (Keller Jordan, 2024): matrices of one shape as one stack; momentum is (from, to)."""
+    """Muon (Keller Jordan, 2024). Matrices of one shape are a stack; the first keeps its state."""
 
     def __init__(self, groups: list[dict], dtype: torch.dtype):
-        by_shape, self.dtype = [], dtype
-        for group in groups:
-            for shape in sorted({p.shape for p in group["params"]}):
-                params = [p for p in group["params"] if p.shape == shape]
-                by_shape.append({**group, "params": params, "step": 0})
-        super().__init__(by_shape, dict(weight_decay=WEIGHT_DECAY, beta2=MUON_BETA2))
+        self.dtype = dtype  # of products
+        defaults = dict(momentum_from_to=MUON_MOMENTUM, momentum=MUON_MOMENTUM[0])
+        super().__init__(groups, defaults | dict(weight_decay=WEIGHT_DECAY, beta2=MUON_BETA2))
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            params = group["params"]
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-            grad, weight = torch.stack(grads), torch.stack(params)
-            if not group["step"]:
-                group["first"] = torch.zeros_like(grad)
-                # A tall matrix comes out with columns of norm 1: its rows are to be evened out.
-                dim = -1 if grad.size(-2) >= grad.size(-1) else -2
-                group["second"] = torch.zeros_like(grad.mean(dim=dim, keepdim=True))
-            start, end = group["momentum"]
-            momentum = start + (end - start) * min(1, group["step"] / MUON_MOMENTUM_STEPS)
-            group["step"] += 1
-            group["first"].lerp_(grad, 1 - momentum)
-            update = grad.lerp(group["first"], momentum)  # Nesterov
-            update = orthogonalize(update.to(self.dtype)).float()
-            update = normalize_neurons(update, group["second"], group["beta2"])
-            # Cautious decay (arXiv 2510.12402): only where update and weight have the same sign.
-            update += group["weight_decay"] * torch.where(update * weight > 0, weight, 0)
-            lr = group["lr"] * max(1, grad.size(-2) / grad.size(-1)) ** 0.5
-            torch._foreach_add_(params, list(update), alpha=-lr)
+            for shape in dict.fromkeys(p.shape for p in group["params"]):
+                self.update([p for p in group["params"] if p.shape == shape], group)
+
+    def update(self, params: list[nn.Parameter], group: dict) -> None:
+        weight = torch.stack(params)
+        grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+        rows, columns = weight.shape[-2:]
+        # NorMuon (arXiv 2510.05491) evens out the rows of a tall matrix, else the columns.
+        averaged_dim = -1 if rows >= columns else -2
+        state = self.state[params[0]]
+        if not state:
+            state["average"] = torch.zeros_like(grad)
+            state["squares"] = torch.zeros_like(grad.mean(dim=averaged_dim, keepdim=True))
+        state["average"].lerp_(grad, 1 - group["momentum"])
+        update = grad.lerp(state["average"], group["momentum"])  # Nesterov
+        update = orthogonalize(update.to(self.dtype)).float()
+        # Even out; the matrix keeps its norm.
+        squares = update.square().mean(dim=averaged_dim, keepdim=True)
+        state["squares"].lerp_(squares, 1 - group["beta2"])
+        evened = update * state["squares"].clamp_min(1e-10).rsqrt()
+        norms = update.norm(dim=(-2, -1), keepdim=True)
+        update = evened * norms / evened.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10)
+        # Cautious decay (arXiv 2510.12402): only where update and weight have the same sign.
+        update += group["weight_decay"] * torch.where(update * weight > 0, weight, 0)
+        lr = group["lr"] * max(1, rows / columns) ** 0.5
+        torch._foreach_add_(params, list(update), alpha=-lr)
+
+
+def parameter_groups(model: GPT) -> list[dict]:
+    """What is moved how. A parameter belongs to the first group that names it.
+
+    Scalars, gains and biases that none names belong to the last group.
+    """
+    width_scale = (model.config.n_embd / 768) ** -0.5
+    heads = [module.weight for module in model.modules() if isinstance(module, Head)]
+    matrices = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    skips = [block.skip_scale for block in model.blocks]
+    return [
+        dict(name="head", kind="adamw", params=heads, lr=UNEMBEDDING_LR * width_scale),
+        dict(name="tables", kind="adamw", params=model.tables(), lr=EMBEDDING_LR * width_scale),
+        dict(name="skips", kind="adamw", params=skips, lr=SCALAR_LR, betas=SKIP_BETAS),
+        dict(name="matrices", kind="muon", params=matrices, lr=MATRIX_LR),
+        # make_optimizers adds what has fewer than 2 dimensions and no group, as r.
+        dict(name="scalars", kind="adamw", params=[], lr=SCALAR_LR * RESIDUAL_LR_SCALE),
+    ]
 
 
 def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
-    """Groups of parameters with their rates: those with a momentum are Muon's, else AdamW's.
-
-    A parameter belongs to the first group that names it, so to the last one if no other does.
-    """
-    width_scale, blocks = (model.config.n_embd / 768) ** -0.5, model.blocks
-    matrices = [p for p in blocks.parameters() if p.ndim == 2]
-    groups = [
-        dict(params=[model.lm_head.weight], lr=UNEMBEDDING_LR * width_scale),
-        dict(params=model.tables(), lr=EMBEDDING_LR * width_scale),
-        dict(params=[block.skip_scale for block in blocks], lr=SCALAR_LR, betas=SKIP_BETAS),
-        dict(params=matrices, lr=MATRIX_LR, momentum=MUON_MOMENTUM, weight_decay=WEIGHT_DECAY),
-        dict(params=model.parameters(), lr=SCALAR_LR * RESIDUAL_LR_SCALE),
-    ]
-    named: set[nn.Parameter] = set()
+    """One for each kind of group. Raises HarnessError for a matrix that no group names."""
+    groups = parameter_groups(model)
+    group_of = {}
     for group in groups:
-        group["params"] = [p for p in group["params"] if p not in named]
-        named.update(group["params"])
-    rates = dict(betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=ADAM_WEIGHT_DECAY, fused=True)
-    adamw = torch.optim.AdamW([group for group in groups if "momentum" not in group], **rates)
-    return [adamw, Muon([group for group in groups if "momentum" in group], model.dtype)]
+        for p in group["params"]:
+            group_of.setdefault(p, group)
+    for name, p in model.named_parameters():
+        if p not in group_of and p.ndim >= 2:
+            raise HarnessError(f"{name} {tuple(p.shape)} is in no group of parameter_groups")
+        group_of.setdefault(p, groups[-1])
+    by_kind = {"adamw": [], "muon": []}
+    for group in groups:
+        group["params"] = [p for p in group_of if group_of[p] is group]
+        if group["params"]:
+            by_kind[group["kind"]].append(group)
+    optimizers = []
+    if by_kind["adamw"]:
+        rates = dict(lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=ADAM_WEIGHT_DECAY)
+        optimizers.append(torch.optim.AdamW(by_kind["adamw"], **rates, fused=True))
+    if by_kind["muon"]:
+        optimizers.append(Muon(by_kind["muon"], model.dtype))
+    for group in groups_of(optimizers):
+        group["initial_lr"] = group["lr"]
+        group["initial_weight_decay"] = group["weight_decay"]
+    return optimizers
 
 
-# --- Schedules ----------------------------
+def groups_of(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+# --- Schedules -----------------------------------------------------------------
 
 
 def lr_scale(progress: float) -> float:
@@ -355,95 +414,301 @@ def lr_scale(progress: float) -> float:
     return FINAL_LR_FRAC + (1 - FINAL_LR_FRAC) * (1 - progress) / WARMDOWN_RATIO
 
 
-def apply_schedules(optimizers: list[torch.optim.Optimizer], progress: float) -> None:
-    """Scale each group's own rate; Muon's weight decay falls to 0."""
-    for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
-        lr = group.setdefault("initial_lr", group["lr"])
-        group["lr"] = lr * lr_scale(progress)
-        if "momentum" in group:
-            decay = group.setdefault("initial_weight_decay", group["weight_decay"])
-            group["weight_decay"] = decay * (1 - progress)
+def apply_schedules(optimizers: list, progress: float, step: int) -> None:
+    """Set each group's rate; and Muon's weight decay, which falls to 0, and momentum."""
+    progress = min(max(progress, 0.0), 1.0)
+    for group in groups_of(optimizers):
+        group["lr"] = group["initial_lr"] * lr_scale(progress)
+        if group["kind"] == "muon":
+            group["weight_decay"] = group["initial_weight_decay"] * (1 - progress)
+            start, end = group["momentum_from_to"]
+            group["momentum"] = start + (end - start) * min(1.0, step / MUON_MOMENTUM_STEPS)
 
 
-# --- Platform -----------------------------
-
-# Dense bf16 products of the whole chip: datasheets, without sparsity. By words of the name.
-PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989.5, "H200": 989.5, "B200": 2250, "A100": 312}
+# --- Training ------------------------------------------------------------------
 
 
-class Platform(NamedTuple):
-    """What this machine runs on."""
+class Step(NamedTuple):
+    """One update of the weights; on CUDA it may still be running."""
 
-    device: torch.device
-    dtype: torch.dtype  # of products
-    name: str
-    peak_flops: float  # a second; 0 if unknown
-    is_cuda: bool
+    loss: torch.Tensor  # on the host, in nats; to be read once the step has ended
+    tokens: int
+    epoch: int
+    end: float | torch.cuda.Event
 
-
-def find_platform() -> Platform:
-    """CUDA (or ROCm: all its chips have bf16), MPS or CPU; bf16 where it is the faster type."""
-    peak = 0.0
-    if torch.cuda.is_available():
-        device, name = torch.device("cuda"), torch.cuda.get_device_name()
-        words = f" {name} ".replace("-", " ")  # A100 is not A1000
-        if not any(part in words for part in (" NVL ", " MIG ", " Laptop ")):  # other peaks
-            peak = next((1e12 * t for part, t in PEAK_TFLOPS.items() if f" {part} " in words), 0.0)
-        fast = torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
-    elif torch.backends.mps.is_available():
-        device, name = torch.device("mps"), "Apple GPU"
-        fast = torch.backends.mps.is_macos_or_newer(14, 0)
-    else:
-        set_up_cpu()
-        device, name = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads"
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    dtype = torch.bfloat16 if fast else torch.float32
-    print(f"device: {name}; products in {dtype}, the faster type here")
-    return Platform(device, dtype, name, peak, device.type == "cuda")
+    def wait(self) -> float:
+        """Wait for the step's end, and say when that was."""
+        if isinstance(self.end, float):
+            return self.end
+        self.end.synchronize()
+        return time.perf_counter()
 
 
-def set_up_cpu() -> None:
-    """No more threads than a container's quota; and glibc keeps what is freed."""
-    with suppress(OSError, ValueError):
-        quota, period = open("/sys/fs/cgroup/cpu.max").read().split()
-        cores = max(1, round(int(quota) / int(period)))
-        torch.set_num_threads(min(torch.get_num_threads(), cores))
-    with suppress(OSError, AttributeError, TypeError):  # no glibc
-        mallopt = ctypes.CDLL(None).mallopt  # mapping a step's memory anew costs 8 % of a step
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older ones refuse more
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+class GroupFigures(NamedTuple):
+    """Of a group of parameters in one step, (): norms over all its tensors."""
+
+    gradient_norm: torch.Tensor
+    relative_update: torch.Tensor  # the update's norm over that of the weights
 
 
-# Attention: functions of q, k, v (B, T, H, D) in which a token sees itself and the `window` tokens
-# before it: window + 1 keys.
+class Run:
+    """Model, optimizers and data of one experiment: warm-up tries them, training starts afresh."""
+
+    def __init__(self, platform: "Platform"):
+        if not str(SEED).isdecimal():
+            raise HarnessError(f"SEED={SEED} is not a whole number; set one, or leave it out")
+        self.rows = min(DEVICE_BATCH_SIZE, max(1, TOTAL_BATCH_SIZE // MAX_SEQ_LEN))
+        if TOTAL_BATCH_SIZE % (self.rows * MAX_SEQ_LEN) != 0:
+            raise HarnessError(
+                f"TOTAL_BATCH_SIZE = {TOTAL_BATCH_SIZE} is not a multiple of DEVICE_BATCH_SIZE x "
+                f"MAX_SEQ_LEN = {self.rows} x {MAX_SEQ_LEN}; change one of the first two"
+            )
+        self.eval_rows = EVAL_BATCH_SIZE
+        self.platform = platform
+        self.benchmark = prepare.benchmark_id(prepare.open_prepared())
+        self.tokenizer = prepare.Tokenizer.from_directory()
+        n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
+        self.config = GPTConfig(
+            sequence_len=MAX_SEQ_LEN,
+            vocab_size=self.tokenizer.get_vocab_size(),
+            n_layer=DEPTH,
+            n_head=n_head,
+            n_kv_head=N_KV_HEAD if N_KV_HEAD > 0 else n_head,
+            n_embd=n_head * HEAD_DIM,
+            window_pattern=WINDOW_PATTERN,
+            short_window=SHORT_WINDOW,
+            value_embedding_every=VALUE_EMBEDDING_EVERY,
+        )
+        check_attention(platform, self.config)
+        torch.manual_seed(int(SEED))
+        self.model = GPT(self.config, BACKENDS[platform.attention], platform.dtype)
+        self.model.to(platform.device)
+        self.fresh = {name: tensor.detach().clone() for name, tensor in self.named_state()}
+        if platform.compiles:
+            self.model.compile()
+
+    def named_state(self) -> list[tuple[str, torch.Tensor]]:
+        return [*self.model.named_parameters(), *self.model.named_buffers()]
+
+    def start_afresh(self) -> None:
+        """Weights, buffers, optimizers, random state and data as if nothing had happened yet."""
+        torch.manual_seed(int(SEED))
+        for name, tensor in self.named_state():
+            tensor.data.copy_(self.fresh[name])
+        self.model.zero_grad(set_to_none=True)
+        self.optimizers = make_optimizers(self.model)
+        self.marks = []  # (part of a step that ended, when)
+        self.figures = []  # for each of DIAGNOSED_AT that was reached: how the groups were moved
+        batches = prepare.make_dataloader(
+            self.tokenizer, self.rows, MAX_SEQ_LEN, "train", device=self.platform.device
+        )
+        first_batch = next(batches)  # opening the text takes a while: before the clock starts
+        self.batches = chain([first_batch], batches)
+
+    def mark(self, part: str) -> float | torch.cuda.Event:
+        """Say that this part of a step, begun at the mark before, ends here. Waits for nothing."""
+        when = time.perf_counter()
+        if self.platform.is_cuda:
+            when = torch.cuda.Event(enable_timing=True)
+            when.record()
+        self.marks.append((part, when))
+        return when
+
+    def take_step(self, progress: float, step: int) -> Step:
+        """Update the weights once. Nothing in here waits for a GPU."""
+        micro_batches = TOTAL_BATCH_SIZE // (self.rows * MAX_SEQ_LEN)
+        total_loss = torch.zeros((), device=self.platform.device)
+        tokens = 0
+        self.mark("rest")
+        for _ in range(micro_batches):
+            inputs, targets, epoch = next(self.batches)
+            self.mark("data")
+            loss = self.model(inputs, targets) / micro_batches
+            loss.backward()
+            total_loss += loss.detach()
+            tokens += inputs.numel()
+            self.mark("forward and backward")
+        apply_schedules(self.optimizers, progress, step)
+        stage = len(self.figures)
+        if stage < len(DIAGNOSED_AT) and progress >= DIAGNOSED_AT[stage]:
+            self.figures.append(step_and_measure(self.optimizers))
+        else:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        loss_on_host = total_loss.to("cpu", non_blocking=self.platform.is_cuda)  # and pinned there
+        end = self.mark("optimizer")  # behind the copy: whoever waits for it may read the loss
+        return Step(loss_on_host, tokens, epoch, end)
+
+    def try_training(self, rows: int) -> None:
+        """Compile what training needs, at every stage of the schedules."""
+        self.rows = rows
+        self.start_afresh()
+        for number, progress in enumerate(TRIAL_PROGRESS):
+            started_s = time.perf_counter()
+            step = self.take_step(progress, number)
+            self.step_s = step.wait() - started_s
+            check_finite(step.loss.item(), number)
+
+    def try_evaluation(self, rows: int) -> None:
+        """Compile what the evaluation needs; a model that it would refuse is refused now."""
+        prepare.check_model(self.model, self.tokenizer, rows)  # compiles
+        started_s = time.perf_counter()
+        prepare.check_model(self.model, self.tokenizer, rows)
+        batch_s = time.perf_counter() - started_s
+        self.evaluation_s = batch_s * math.ceil(prepare.EVAL_TOKENS / (rows * MAX_SEQ_LEN))
+
+
+def check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss) or loss > MAX_LOSS:
+        raise HarnessError(f"loss {loss:.4g} at step {step}")
+
+
+def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, GroupFigures]:
+    """Take the optimizers' step, and say how each group, by its name, was moved."""
+    groups = groups_of(optimizers)
+    weights_before = [[p.detach().clone() for p in group["params"]] for group in groups]
+    for optimizer in optimizers:
+        optimizer.step()
+    figures = {}
+    for group, before in zip(groups, weights_before, strict=True):
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        changes = torch._foreach_sub([p.detach() for p in group["params"]], before)
+        relative = get_total_norm(changes) / get_total_norm(before)
+        figures[group["name"]] = GroupFigures(get_total_norm(gradients), relative)
+    return figures
+
+
+def warm_up(run: Run) -> None:
+    """Compile, and find how many rows fit, on weights that are thrown away."""
+    run.rows = halve_until_it_fits(run.try_training, run.rows, "DEVICE_BATCH_SIZE")
+    run.eval_rows = halve_until_it_fits(run.try_evaluation, run.eval_rows, "EVAL_BATCH_SIZE")
+    run.start_afresh()
+
+
+def halve_until_it_fits(attempt: Callable[[int], None], rows: int, name: str) -> int:
+    """Call attempt(rows), with fewer rows where memory is short; any other failure is raised."""
+    while True:
+        try:
+            attempt(rows)
+            return rows
+        except Exception as failure:
+            is_dead = isinstance(failure, torch.AcceleratorError)  # the device can do no more
+            if is_dead or rows == 1 or not prepare.is_out_of_memory(failure):
+                raise
+            traceback.clear_frames(failure.__traceback__)  # they hold tensors
+        rows = rows // 2 if rows % 2 == 0 else 1  # so that a step has as many tokens as before
+        say(f"out of memory: going on with {name} = {rows}")
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+class Trained:
+    """What the steps that have ended came to, and their log."""
+
+    def __init__(self):
+        form = "{percentage:3.0f}%|{bar}| {remaining} left{postfix}"
+        self.bar = tqdm(total=TIME_BUDGET, bar_format=form, mininterval=1, disable=None)
+        self.num_lines = 0
+        self.loss = 0.0  # a running mean
+        self.tokens = 0
+        self.steps_s = []  # how long each took
+        self.ended_s = 0.0  # when the last of them ended, on the clock
+        self.started_s = time.perf_counter()  # here the clock starts
+
+    def add(self, step: Step) -> None:
+        """Wait for a step's end, look at its loss, and say now and then how it goes."""
+        ended_s = step.wait() - self.started_s
+        self.steps_s.append(ended_s - self.ended_s)
+        self.ended_s = ended_s
+        self.tokens += step.tokens
+        self.epoch = step.epoch
+        number = len(self.steps_s)
+        loss = step.loss.item()
+        check_finite(loss, number)
+        self.loss = loss if number == 1 else 0.95 * self.loss + 0.05 * loss
+        progress = min(1.0, ended_s / TIME_BUDGET)
+        rate = self.tokens / ended_s
+        self.bar.set_postfix_str(f"loss {self.loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
+        self.bar.update(progress * TIME_BUDGET - self.bar.n)
+        if progress * LOG_LINES >= self.num_lines:
+            self.num_lines += 1
+            say(
+                f"step {number:5d} · {progress:4.0%} · loss {self.loss:.4f} · "
+                f"lr x{lr_scale(progress):.2f} · {rate:,.0f} tokens/s · epoch {self.epoch}"
+            )
+
+
+def train(run: Run) -> Trained:
+    """Take steps until the budget is used, the last one less than a step beyond it.
+
+    A step is launched before the loss of the one before it is read: so a GPU never waits.
+    """
+    trained = Trained()
+    in_flight = None  # the step that was launched and whose loss is not read
+    launched = 0
+    while True:
+        begins_s = time.perf_counter() - trained.started_s
+        if in_flight is not None and run.platform.is_cuda:
+            # The GPU begins the new step when that one ends: foresee when, by the usual length.
+            usual_s = statistics.median(trained.steps_s[-9:] or [run.step_s])
+            begins_s = max(begins_s, trained.ended_s + usual_s)
+        if begins_s >= TIME_BUDGET:
+            break
+        step = run.take_step(begins_s / TIME_BUDGET, launched)
+        launched += 1
+        if in_flight is not None:
+            trained.add(in_flight)
+        in_flight = step
+    trained.add(in_flight)
+    trained.bar.close()
+    return trained
+
+
+# --- Attention backends --------------------------------------------------------
+# Functions of q (B, T, H, D), k and v (the same, or with fewer heads, each for some of q's) in
+# which a token sees itself and the `window` tokens before it: window + 1 keys.
 
 
 def window_mask(T: int, window: int, device: torch.device) -> torch.Tensor:
     """Which key (column) each query (row) sees: (T, T) bool."""
-    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
+    positions = torch.arange(T, device=device)
+    distance = positions[:, None] - positions
     return (distance >= 0) & (distance <= window)
+
+
+def heads_first(q, k, v):
+    """Give q, k and v as (B, H, T, D), all with as many heads."""
+    if k.size(2) < q.size(2):
+        k = k.repeat_interleave(q.size(2) // k.size(2), dim=2)
+        v = v.repeat_interleave(q.size(2) // v.size(2), dim=2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def written_out(q, k, v, window):
     """Matrix product, softmax, matrix product: the reference of all others, fast on short rows."""
-    T, parts = q.size(1), []
+    T = q.size(1)
     hidden = ~window_mask(T, window, q.device)
-    q, k, v = (t.transpose(1, 2) for t in (q * q.size(-1) ** -0.5, k, v))  # (B, H, T, D)
-    for start in range(0, T, QUERY_BLOCK):  # keys that none of these sees are not multiplied
+    q, k, v = heads_first(q * q.size(-1) ** -0.5, k, v)
+    parts = []
+    for start in range(0, T, QUERY_BLOCK):
         queries = slice(start, min(T, start + QUERY_BLOCK))
-        keys = slice(max(0, start - window), queries.stop)
+        keys = slice(max(0, start - window), queries.stop)  # what none of these sees is left out
         scores = q[:, :, queries] @ k[:, :, keys].mT
         scores = scores.masked_fill(hidden[queries, keys], -math.inf)
         parts.append(scores.softmax(-1) @ v[:, :, keys])
-    return torch.cat(parts, 2).transpose(1, 2)
+    return torch.cat(parts, dim=2).transpose(1, 2)
 
 
 def torch_sdpa(q, k, v, window):
     """torch's own scaled_dot_product_attention."""
     T = q.size(1)
     mask = window_mask(T, window, q.device) if window < T - 1 else None
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None).transpose(1, 2)
+    q, k, v = heads_first(q, k, v)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+    return y.transpose(1, 2)
 
 
 def torch_varlen(q, k, v, window):
@@ -452,266 +717,321 @@ def torch_varlen(q, k, v, window):
 
     B, T, H, D = q.shape
     starts = torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32)
-    flat = [t.flatten(0, 1) for t in (q, k, v)]
-    sizes = (window if window < T - 1 else -1, 0)  # -1: the whole row, by a faster kernel
-    return varlen_attn(*flat, starts, starts, T, T, window_size=sizes).view(B, T, H, D)
+    options = dict(window_size=(window if window < T - 1 else -1, 0))  # -1: all, by a faster kernel
+    if k.size(2) < H:
+        options["enable_gqa"] = True  # torch 2.12 and later
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    return varlen_attn(q, k, v, starts, starts, T, T, **options).view(B, T, H, D)
 
 
-def flash_attn_3() -> Callable:
-    """Load Flash Attention 3, which prepare.py has fetched: a run only reads the disk."""
-    from kernels import get_local_kernel
-
-    kernel = get_local_kernel(prepare.flash_attention_3())
-
-    # An autograd.Function, which torch's ahead-of-time cache refuses: each run traces anew (5 s).
-    def attend(q, k, v, window):
-        y = kernel.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
-        return y[0] if isinstance(y, tuple) else y
-
-    return attend
+flash_attn_3_kernel = None  # the library's module, once it is loaded
 
 
-def attention_backends(platform: Platform) -> list[Callable]:
-    """The backends worth trying, best first, by rule: no timing decides what is run."""
-    if platform.device.type == "cpu":
-        return [written_out]
-    if not platform.is_cuda or platform.dtype != torch.bfloat16:
-        return [torch_sdpa, written_out]
-    best = [flash_attn_3] * prepare.runs_flash_attention_3()  # a loader, which `build` calls
-    return [*best, torch_varlen, torch_sdpa, written_out]
+def flash_attn_3(q, k, v, window):
+    """Flash Attention 3, a library from the hub."""
+    y = flash_attn_3_kernel.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
+    return y[0] if isinstance(y, tuple) else y  # some builds add the log-sum-exp
 
 
-def check_attention(attend: Callable, config: GPTConfig, platform: Platform) -> None:
-    """Raise ArithmeticError if results or gradients are not the written-out ones."""
-    shape = (4, 2, config.sequence_len, config.n_head, config.n_embd // config.n_head)
-    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    rows = rows.to(platform.device, platform.dtype)
+BACKENDS = {f.__name__: f for f in (flash_attn_3, torch_varlen, torch_sdpa, written_out)}
+
+
+def load_flash_attn_3() -> bool:
+    """Load it from the disk, if it is there. The first run alone asks the network for it."""
+    global flash_attn_3_kernel
+    import kernels
+
+    versions = f"torch-{torch.__version__}-cuda-{torch.version.cuda}"
+    note = prepare.cache_directory() / f"flash-attn-3-{versions}.json"
+    outcome = json.loads(note.read_text()) if note.exists() else {"folder": "nowhere yet"}
+    if "folder" in outcome and not Path(outcome["folder"]).exists():
+        say("fetching Flash Attention 3, this once")
+        try:
+            build = kernels.install_kernel("kernels-community/flash-attn3", version=1)
+            outcome = {"folder": str(build.parents[1])}  # as get_local_kernel wants it
+        except Exception as failure:  # of the network, or there is no build for these versions
+            outcome = {"failure": f"{type(failure).__name__}: {failure}"[:300]}
+        with prepare.written_whole(note) as unfinished:
+            unfinished.write_text(json.dumps(outcome))
+    if "failure" in outcome:
+        say(f"no Flash Attention 3: {outcome['failure']}; to try again, remove {note}")
+        return False
+    flash_attn_3_kernel = kernels.get_local_kernel(Path(outcome["folder"]))
+    return True
+
+
+def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that ATTENTION names; else by device, versions, and what lies on the disk."""
+    if ATTENTION and ATTENTION not in BACKENDS:
+        raise HarnessError(f'ATTENTION = "{ATTENTION}" in train.py; there are {[*BACKENDS]}')
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    # Older chips are slower by it, newer ones have been seen to end the whole process.
+    runs_flash_attn_3 = is_nvidia and torch.cuda.get_device_capability() == (9, 0)
+    if ATTENTION == "flash_attn_3" and not load_flash_attn_3():
+        raise HarnessError('ATTENTION = "flash_attn_3" in train.py, but it is not here; see above')
+    if ATTENTION:
+        return ATTENTION  # what cannot run is found when it is checked
+    if runs_flash_attn_3 and load_flash_attn_3():
+        return "flash_attn_3"
+    if device.type == "cpu":
+        return "written_out"
+    if is_nvidia and dtype == torch.bfloat16:
+        if torch.__version__ >= (2, 11) and torch.backends.cuda.is_flash_attention_available():
+            return "torch_varlen"
+        say("no varlen_attn, which is faster: it needs torch 2.11, built with Flash Attention")
+    return "torch_sdpa"
+
+
+def check_attention(platform: "Platform", config: GPTConfig) -> None:
+    """Run the backend once before there is a model, on two rows, forwards and backwards.
+
+    Chosen by rule, it must give what written_out gives; chosen by name, it must run.
+    """
+    name = platform.attention
+    if name == "written_out":
+        return
+    attend = BACKENDS[name]
+    if platform.compiles:
+        attend = torch.compile(attend, dynamic=False, fullgraph=True)
+    D = config.n_embd // config.n_head
+    inputs = []  # q, k, v, and the gradient of the output
+    for H in (config.n_head, config.n_kv_head, config.n_kv_head, config.n_head):
+        x = torch.randn(2, config.sequence_len, H, D)
+        inputs.append(x.to(platform.device, platform.dtype))
     limit = 1e-2 if platform.dtype == torch.bfloat16 else 1e-4
     for window in sorted(set(config.windows())):
-        results = []
-        for function, dtype in ((attend, platform.dtype), (written_out, torch.float32)):
-            leaves = [t.to(dtype).requires_grad_() for t in rows[:3]]
-            y = function(*leaves, window)
-            gradients = torch.autograd.grad(y, leaves, rows[3].to(dtype))
-            results.append(torch.stack([y, *gradients]).detach().float().flatten(1))
-        error = ((results[0] - results[1]).norm(dim=1) / results[1].norm(dim=1)).max()
-        if not error < limit:  # or not a number
-            raise ArithmeticError(f"its results are off by {error:.1e} at window {window}")
-
-
-# --- Training -----------------------------
-
-
-class Run:
-    """Model, optimizers and data of one experiment: warm-up tries them, training starts afresh."""
-
-    def __init__(self, platform: Platform):
-        if not str(SEED).isdecimal():
-            raise ValueError(f"SEED={SEED} is not a whole number; set one, or leave it out")
-        self.seed, self.platform, self.tokenizer = int(SEED), platform, Tokenizer.from_directory()
-        V, heads = self.tokenizer.get_vocab_size(), -(-DEPTH * ASPECT_RATIO // HEAD_DIM)
-        sizes = (MAX_SEQ_LEN, V, DEPTH, heads, heads, heads * HEAD_DIM)
-        self.config = GPTConfig(*sizes, WINDOW_PATTERN, SHORT_WINDOW, VALUE_EMBEDDING_EVERY)
-        self.rows = min(DEVICE_BATCH_SIZE, max(1, TOTAL_BATCH_SIZE // MAX_SEQ_LEN))
-        if TOTAL_BATCH_SIZE % (self.rows * MAX_SEQ_LEN):
-            raise ValueError(
-                f"TOTAL_BATCH_SIZE = {TOTAL_BATCH_SIZE} is not a multiple of DEVICE_BATCH_SIZE x "
-                f"MAX_SEQ_LEN = {self.rows} x {MAX_SEQ_LEN}; change one of the first two"
-            )
-        self.eval_rows, backends = EVAL_BATCH_SIZE, attention_backends(platform)
-        self.plans = [(attend, compiled) for compiled in (True, False) for attend in backends]
-
-    def build(self) -> None:
-        """Make the model as the first plan says, and take some steps on weights thrown away."""
-        attend, compiled = self.plans[0]
-        attend = attend() if attend is flash_attn_3 else attend
-        check_attention(attend, self.config, self.platform)
-        torch.manual_seed(self.seed)
-        self.model = GPT(self.config, attend, self.platform.dtype)
-        self.fresh_weights = {n: w.clone() for n, w in self.model.state_dict().items()}
-        self.model.to(self.platform.device)
-        if compiled:
-            self.model.compile()
-        self.start_afresh()
-        for step in range(TRIAL_STEPS):
-            check_finite(self.take_step(0.0)[0].item(), step)
-        self.model.eval()
-        with torch.no_grad():
-            self.model(next(self.batches)[0][:1].repeat(self.eval_rows, 1))  # as evaluation does
-        self.model.train()
-        self.start_afresh()
-
-    def start_afresh(self) -> None:
-        """Weights, optimizers, random state and data as if nothing had happened yet."""
-        torch.manual_seed(self.seed)
-        self.model.load_state_dict(self.fresh_weights)
-        self.model.zero_grad(set_to_none=True)
-        self.optimizers = make_optimizers(self.model)
-        sizes = (self.rows, MAX_SEQ_LEN)
-        batches = make_dataloader(self.tokenizer, *sizes, "train", self.platform.device)
-        self.batches = chain([next(batches)], batches)  # the first one waits ready
-
-    @property
-    def micro_batches(self) -> int:
-        return TOTAL_BATCH_SIZE // (self.rows * MAX_SEQ_LEN)
-
-    def take_step(self, progress: float) -> tuple[torch.Tensor, int]:
-        """One update of the weights; the mean loss over its micro-batches, and the epoch."""
-        total = 0.0
-        for _ in range(self.micro_batches):
-            inputs, targets, epoch = next(self.batches)
-            loss = self.model(inputs, targets) / self.micro_batches
-            loss.backward()
-            total = total + loss.detach()
-        apply_schedules(self.optimizers, progress)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-        return total, epoch
-
-
-def warm_up(run: Run) -> None:
-    """Build the run, by the first plan and with the largest micro-batch that work."""
-    while True:
         try:
-            run.build()
-            if not run.plans[0][1]:
-                print("not compiled, for these reasons, so slower; is g++ or clang installed?")
-            return
-        except FloatingPointError:  # of the loss: another plan gives no other
-            raise
-        except Exception as error:  # of a compiler, or its absence, of a device or a library
-            traceback.clear_frames(error.__traceback__)
-            failure, is_full = error, prepare.is_out_of_memory(error)
-        if is_full and (run.rows > 1 or run.eval_rows > 1):
-            run.rows = math.gcd(run.rows, run.rows // 2)  # 1 after an odd number: the total stays
-            run.eval_rows = max(1, run.eval_rows // 2)
-            print(f"out of memory: DEVICE_BATCH_SIZE {run.rows}, {run.micro_batches} micro-batches")
-        elif is_full or len(run.plans) == 1:
-            raise failure
-        else:
-            attend, compiled = run.plans.pop(0)
-            why = f"{type(failure).__name__}: {str(failure).strip()[:120]}".splitlines()[0]
-            print(f"not {attend.__name__}, {'compiled' if compiled else 'eager'}: {why}")
-        # Nothing of the failed steps may hold memory.
-        run.model = run.optimizers = run.batches = failure = None
-        gc.collect()
-        torch.compiler.reset()
-        if run.platform.is_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-
-def check_finite(loss: float, step: int) -> None:
-    if not -math.inf < loss <= MAX_LOSS:
-        raise FloatingPointError(f"loss {loss:.4g} at step {step}")
-
-
-def read_later(loss: torch.Tensor) -> Callable[[], float]:
-    """A function that waits for the work queued so far and gives the loss."""
-    if loss.device.type != "cuda":
-        return loss.item
-    on_host = torch.empty((), pin_memory=True)
-    on_host.copy_(loss, non_blocking=True)
-    ended = torch.cuda.Event()
-    ended.record()
-    return lambda: ended.synchronize() or on_host.item()
-
-
-def train(run: Run) -> tuple[list[float], float, int]:
-    """Take steps until the budget is used, the last one less than a step beyond it.
-
-    On CUDA a loss is read a step late, so that the next step is queued before this one has ended.
-    Gives when the steps ended, in seconds from 0 on, a running mean of the loss, and the epoch.
-    """
-    started_s, ends_s, queued, train_loss, lines, logged = time.perf_counter(), [0.0], [], 0.0, 0, 0
-
-    def used_s() -> float:
-        return time.perf_counter() - started_s
-
-    while queued or used_s() < TIME_BUDGET:
-        step = len(ends_s)  # the one to be read next, counted from 1
-        step_s = ends_s[-1] - ends_s[-2] if step > 1 else 0.0  # a queued one takes it too
-        if not queued or used_s() + step_s < TIME_BUDGET:
-            loss, epoch = run.take_step(used_s() / TIME_BUDGET)
-            queued.append((read_later(loss), epoch))
-            if run.platform.is_cuda and step > 1 and len(queued) == 1:
-                continue  # but the first step is waited for: it shows how long one is
-        wait_for_loss, epoch = queued.pop(0)
-        loss = wait_for_loss()
-        ends_s.append(used_s())
-        check_finite(loss, step)
-        train_loss = loss if step == 1 else 0.95 * train_loss + 0.05 * loss
-        progress = min(1.0, ends_s[-1] / TIME_BUDGET)
-        if progress * LOG_LINES >= lines:
-            rate = (step - logged) * TOTAL_BATCH_SIZE / (ends_s[-1] - ends_s[logged])
-            lines, logged = lines + 1, step
-            print(
-                f"step {step:5d} · {progress:4.0%} · loss {train_loss:.4f} · "
-                f"lr x{lr_scale(progress):.2f} · {rate:,.0f} tokens/s · epoch {epoch}"
+            results = output_and_gradients(attend, *inputs, window)
+        except Exception as failure:
+            traceback.print_exc()
+            why = f"attention by {name} fails: {type(failure).__name__}, see above; mend it, or"
+            raise HarnessError(f"{why} name another one with ATTENTION in train.py") from failure
+        wanted = output_and_gradients(written_out, *(x.float() for x in inputs), window)
+        errors = [(r.float() - w).norm() / w.norm() for r, w in zip(results, wanted, strict=True)]
+        if not ATTENTION and not all(error < limit for error in errors):  # or not a number
+            raise HarnessError(
+                f"attention by {name} is not that of written_out: off by {max(errors):.1e} at "
+                f'window {window}; change both alike, or set ATTENTION = "{name}" in train.py'
             )
-    return ends_s, train_loss, epoch
 
 
-# --- Summary ------------------------------
+def output_and_gradients(attend: Callable, q, k, v, dy, window: int) -> list[torch.Tensor]:
+    """The output, and the gradients of q, k and v."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    y = attend(*leaves, window)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+# --- Platform ------------------------------------------------------------------
+
+# (word of the device's name, its dense bf16 products in TFLOP/s by the datasheet; 0: unknown): the
+# first that fits counts.
+PEAK_TFLOPS = (
+    ("NVL", 0),
+    ("MIG", 0),
+    ("Laptop", 0),
+    ("H100 PCIe", 756),
+    ("H100", 989.5),
+    ("H200", 989.5),
+    ("B200", 2250),
+    ("A100", 312),
+)
+
+
+class Platform(NamedTuple):
+    """What this machine runs on; found out before there is a model."""
+
+    device: torch.device
+    is_cuda: bool  # or ROCm, which answers to that name
+    name: str
+    dtype: torch.dtype  # of products
+    peak_flops: float  # a second; 0 if unknown
+    compiles: bool
+    attention: str
+
+
+def find_platform() -> Platform:
+    """Device, the faster type there, whether torch.compile works, and attention by rule."""
+    refuse_unusable_gpu()
+    peak_flops = 0.0
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        name = torch.cuda.get_device_name()
+        words = f" {name} ".replace("-", " ")  # A100 is not A1000
+        peaks = [1e12 * tflops for part, tflops in PEAK_TFLOPS if f" {part} " in words]
+        peak_flops = peaks[0] if peaks else 0.0
+        is_rocm = torch.version.hip is not None  # all its chips have bf16
+        has_fast_bf16 = is_rocm or torch.cuda.get_device_capability() >= (8, 0)
+        torch.set_float32_matmul_precision("high")  # TF32
+        if IS_WSL:  # there, what does not fit would spill over into the host's memory
+            free_bytes, total_bytes = torch.cuda.mem_get_info()
+            torch.cuda.set_per_process_memory_fraction(free_bytes / total_bytes)
+    elif torch.backends.mps.is_available():
+        device = torch.device("mps")
+        name = "Apple GPU"
+        has_fast_bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
+    else:
+        set_up_cpu()
+        device = torch.device("cpu")
+        name = f"CPU, {torch.get_num_threads()} threads"
+        has_amx = torch.cpu._is_amx_tile_supported()
+        has_fast_bf16 = has_amx or torch.cpu._is_avx512_bf16_supported()
+    dtype = torch.bfloat16 if has_fast_bf16 else torch.float32
+    compiles = can_compile(device, dtype)
+    attention = choose_attention(device, dtype)
+    say(f"device: {name}; products in {dtype}, the faster type here; attention by {attention}")
+    return Platform(
+        device=device,
+        is_cuda=device.type == "cuda",
+        name=name,
+        dtype=dtype,
+        peak_flops=peak_flops,
+        compiles=compiles,
+        attention=attention,
+    )
+
+
+def refuse_unusable_gpu() -> None:
+    """Raise HarnessError for an NVIDIA GPU that this torch cannot use, as with an old driver."""
+    if Path("/dev/kfd").exists() and torch.version.hip is None:
+        say("note: there is an AMD GPU, which is not used: this torch is not built for ROCm")
+    is_cpu_meant = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda is None or torch.cuda.is_available() or is_cpu_meant:
+        return
+    try:
+        torch.cuda.init()
+    except RuntimeError as failure:
+        if "Found no NVIDIA driver" in str(failure):
+            return  # there is no GPU
+        raise HarnessError(
+            f"torch cannot use the GPU here: {str(failure).strip()[:120]}… With an older driver, "
+            "run: uv lock -P torch==2.10.0 && uv sync && uv run prepare.py. To train on the CPU, "
+            "set CUDA_VISIBLE_DEVICES to nothing"
+        ) from failure
+
+
+def set_up_cpu() -> None:
+    """No more threads than cores that are ours; and glibc keeps what is freed."""
+    torch.set_num_threads(min(torch.get_num_threads(), prepare.usable_cores()))
+    with suppress(OSError, AttributeError, TypeError):  # no glibc
+        mallopt = ctypes.CDLL(None).mallopt  # mapping a step's memory anew costs 8 % of a step
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older ones refuse more
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch.compile works here, by a layer of torch's own."""
+    layer = nn.RMSNorm(16, device=device, dtype=dtype)
+    x = torch.ones(2, 16, device=device, dtype=dtype)
+    layer(x).sum().backward()  # if this fails, it is not the compiler
+    try:
+        torch.compile(layer)(x).sum().backward()
+        return True
+    except torch.AcceleratorError:
+        raise
+    except Exception as failure:  # of a C++ compiler or Triton, or its absence
+        why = str(failure).strip().partition("\n")[0][:120]
+        say(f"not compiled, so slower ({type(failure).__name__}: {why}); is g++ or clang there?")
+        return False
+
+
+# --- Summary -------------------------------------------------------------------
+
+
+def describe(run: Run) -> None:
+    """Say what was built, before the clock starts."""
+    config = run.config
+    column = {"gpu": "first", "small": "second"}[SCALE]
+    num_params = sum(p.numel() for p in run.model.parameters())
+    say(
+        f"scale {SCALE}, the {column} column: {config.n_layer} layers, width {config.n_embd}, "
+        f"{config.n_head} heads, {num_params / 1e6:.1f} M parameters, "
+        f"{run.model.flops_per_token() / 1e6:.1f} MFLOP a token"
+    )
+    for group in groups_of(run.optimizers):
+        tensors = len(group["params"])
+        say(f"group {group['name']}: {tensors} tensors, {group['kind']}, rate {group['lr']:.4g}")
+    say(f"training for {TIME_BUDGET} s, {run.rows} rows of {MAX_SEQ_LEN} tokens at a time")
+
+
+def diagnose(run: Run) -> None:
+    """Say how each group moved, stage by stage, and where the time went."""
+    for group in groups_of(run.optimizers):
+        figures = [stage[group["name"]] for stage in run.figures]
+        gradients = " ".join(f"{f.gradient_norm:.2g}" for f in figures)
+        updates = " ".join(f"{f.relative_update:.1e}" for f in figures)
+        say(f"group {group['name']}: gradient norm {gradients} · update / weights {updates}")
+    spent = {"forward and backward": 0.0, "optimizer": 0.0, "data": 0.0, "rest": 0.0}
+    for (_, begin), (part, end) in pairwise(run.marks):
+        spent[part] += begin.elapsed_time(end) if run.platform.is_cuda else end - begin
+    whole = sum(spent.values())
+    say("time: " + " · ".join(f"{part} {spent[part] / whole:.0%}" for part in spent))
 
 
 def peak_memory_mb(platform: Platform) -> float:
     """Of the GPU with CUDA; elsewhere the process's peak resident memory."""
     if platform.is_cuda:
         return torch.cuda.max_memory_allocated() / 2**20
-    with suppress(ImportError):  # Windows
-        import resource
+    if sys.platform == "win32":
+        return 0.0
+    import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (2**20 if sys.platform == "darwin" else 2**10)
-    return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def summarize(run: Run, trained: tuple, val_bpb: float, total_s: float) -> None:
+def summarize(run: Run, trained: Trained, val_bpb: float, total_s: float) -> None:
     """Print the lines that program.md reads."""
-    ends_s, train_loss, epoch = trained
-    training_s, steps, lengths_s = ends_s[-1], len(ends_s) - 1, torch.tensor(ends_s).diff()
-    tokens, peak = steps * TOTAL_BATCH_SIZE, run.platform.peak_flops
-    flops = run.model.flops_per_token() * tokens / training_s
+    platform = run.platform
+    tokens_per_s = trained.tokens / trained.ended_s
+    flops = run.model.flops_per_token() * tokens_per_s
+    mfu_percent = 100 * flops / platform.peak_flops if platform.peak_flops > 0 else 0.0
+    slow_steps_s = [s for s in trained.steps_s if s > 2 * statistics.median(trained.steps_s)]
     print(f"""---
 val_bpb:          {val_bpb:.6f}
-training_seconds: {training_s:.1f}
+training_seconds: {trained.ended_s:.1f}
 total_seconds:    {total_s:.1f}
-peak_vram_mb:     {peak_memory_mb(run.platform):.1f}
-mfu_percent:      {100 * flops / peak if peak else 0:.2f}
-total_tokens_M:   {tokens / 1e6:.1f}
-num_steps:        {steps}
+peak_vram_mb:     {peak_memory_mb(platform):.1f}
+mfu_percent:      {mfu_percent:.2f}
+total_tokens_M:   {trained.tokens / 1e6:.1f}
+num_steps:        {len(trained.steps_s)}
 num_params_M:     {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}
 depth:            {DEPTH}
-benchmark:        {prepare.benchmark_id(prepare.open_prepared())}
-device:           {run.platform.name}
-attention:        {run.plans[0][0].__name__}
-seed:             {run.seed}
-train_loss:       {train_loss:.4f}
-epoch:            {epoch}
-tokens_per_second: {tokens / training_s:.0f}
-slow_step_ratio:  {lengths_s.quantile(0.95) / lengths_s.median():.2f}""")
+benchmark:        {run.benchmark}
+scale:            {SCALE}
+device:           {platform.name}
+attention:        {platform.attention}
+compiled:         {"yes" if platform.compiles else "no"}
+seed:             {SEED}
+train_loss:       {trained.loss:.4f}
+epoch:            {trained.epoch}
+tokens_per_second: {tokens_per_s:.0f}
+slow_share:       {sum(slow_steps_s) / trained.ended_s:.2f}""")
+
+
+# --- Main ----------------------------------------------------------------------
 
 
 def main() -> None:
+    started_s = time.perf_counter() if STARTED_S is None else STARTED_S
     sys.stdout.reconfigure(line_buffering=True)  # whoever reads the log sees all, errors last
-    started_s = time.perf_counter() - time.process_time()  # imports count
     try:
+        platform = find_platform()
         prepare.open_prepared()  # prepares what is missing
         faulthandler.dump_traceback_later(HUNG_AFTER_S, exit=True)
-        run = Run(find_platform())
+        run = Run(platform)
         warm_up(run)
+        describe(run)
         gc.collect()
         gc.freeze()  # else its pauses would fall into steps
-        print(f"training for {TIME_BUDGET} s: {run.micro_batches} x {run.rows} rows a step")
         faulthandler.dump_traceback_later(HUNG_AFTER_S, exit=True)
         trained = train(run)
-        faulthandler.dump_traceback_later(HUNG_AFTER_S, exit=True)
-        val_bpb = evaluate_bpb(run.model, run.tokenizer, run.eval_rows)
+        diagnose(run)
+        faulthandler.dump_traceback_later(HUNG_AFTER_S + run.evaluation_s, exit=True)
+        val_bpb = prepare.evaluate_bpb(run.model, run.tokenizer, run.eval_rows)
         summarize(run, trained, val_bpb, time.perf_counter() - started_s)
-    except (ArithmeticError, MemoryError, OSError, ValueError) as failure:
-        sys.exit(f"error: {prepare.explain(failure)}")
+    except HarnessError as failure:
+        sys.exit(f"error: {failure}")
     finally:
         faulthandler.cancel_dump_traceback_later()
 

@@ -1,8 +1,9 @@
 """The model: its size, its parts and its loss, against a second model written from the rules."""
 
 import copy
+import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import train
 from train import GPT, GPTConfig, written_out
 
-FULL = GPTConfig(2048, 8192, 8, 4, 4, 512)
+FULL = dict(sequence_len=2048, vocab_size=8192, n_layer=8, n_head=4, n_kv_head=4, n_embd=512)
+FULL |= dict(window_pattern="SSSL", short_window=1 / 2, value_embedding_every=2)
 REFERENCE = dict(
     **dict(ROTARY_BASE=10_000, LOGIT_SOFT_CAP=15.0, GATE_CHANNELS=32),
     **dict(MLP_RATIO=4, EMBEDDING_STD=1.0, HEAD_STD=0.001, MATRIX_STD=1.0),
     **dict(RESIDUAL_START=1.0, SKIP_START=0.1),
 )
-TINY = dict(sequence_len=12, vocab_size=50, n_layer=4, n_head=4, n_kv_head=4, n_embd=32)
+TINY = dict(FULL, sequence_len=12, vocab_size=50, n_layer=4, n_embd=32)
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +57,7 @@ def off_by(some: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def full_size(module=train) -> GPT:
     with torch.device("meta"):  # shapes, but no memory
-        return module.GPT(module.GPTConfig(*FULL[:6]), module.written_out)
+        return module.GPT(module.GPTConfig(**FULL), module.written_out)
 
 
 def test_parameter_counts_and_flops_are_the_reference_figures():
@@ -76,16 +78,18 @@ def at_scale(is_cuda: bool) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: is_cuda)
         module = ModuleType("train_at_a_scale")
+        patch.setitem(sys.modules, module.__name__, module)  # where a dataclass looks
         exec(Path(train.__file__).read_text(encoding="utf-8"), vars(module))
     return module
 
 
 def test_between_the_scales_only_numbers_differ():
-    """At most 14 of them, and none that decides what GPT makes of a GPTConfig."""
+    """At most 14 of them, none that decides what GPT makes of a GPTConfig; and a name."""
     models, constants = [], []
     for module in (at_scale(True), at_scale(False)):
         models.append([(n, p.shape) for n, p in full_size(module).named_parameters()])
         named = {n: v for n, v in vars(module).items() if n.isupper() and type(v) is not type}
+        del named["SCALE"], named["BACKENDS"]
         constants.append(named)
     assert models[0] == models[1]
     one, other = constants
@@ -98,29 +102,35 @@ def test_between_the_scales_only_numbers_differ():
 def test_the_gpu_scale_traced_without_a_gpu_has_its_shapes_and_types_and_fits(monkeypatch):
     """On fake tensors, which hold no numbers, with torch's own fake of Flash Attention.
 
-    The graphs are cut into forward and backward as the compiler cuts them, by what they keep.
+    The graph is cut into forward and backward as the compiler cuts it, by what they keep.
     """
-    gpu, compile, kept = at_scale(True), torch.compile, {}
-    cut = dict(backend="aot_eager_decomp_partition")
-    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile(f, **{**kwargs, **cut}))
+    gpu, compile, kept, graphs = at_scale(True), torch.compile, {}, []
+    cut = torch._dynamo.lookup_backend("aot_eager_decomp_partition")
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return cut(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compile(f, **{**kw, "backend": backend}))
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
     with FakeTensorMode():
-        model = gpu.GPT(gpu.GPTConfig(*FULL[:6]), gpu.torch_varlen, torch.bfloat16)
-        model.compile()
+        model = gpu.GPT(gpu.GPTConfig(**FULL), gpu.torch_varlen, torch.bfloat16)
+        torch.nn.Module.compile(model, dynamic=False, fullgraph=True)
         tokens = torch.zeros(gpu.DEVICE_BATCH_SIZE, 2048, dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(tokens, tokens)
         loss.backward()
+        assert len(graphs) == 1
         assert all(p.grad.dtype == loss.dtype == torch.float32 for p in model.parameters())
         for optimizer in gpu.make_optimizers(model):
             optimizer.step()
         # Beside what is kept: weights' gradients, the optimizers' two means, that of the logits.
         peak = sum(kept.values()) + 3 * 4 * 50_332_176 + 2 * tokens.numel() * 8192
-        assert 20e9 < peak < 30e9
+        assert 20e9 < peak < 28e9, peak
         with torch.no_grad():
             logits = model(tokens[: gpu.EVAL_BATCH_SIZE])
         assert logits.shape == (gpu.EVAL_BATCH_SIZE, 2048, 8192) and logits.dtype == torch.float32
@@ -255,6 +265,17 @@ def test_each_kind_of_layer_is_compiled_once_and_gives_the_same(graphs):
     torch.testing.assert_close(model(idx), logits)
 
 
+def test_on_cuda_the_model_is_one_graph(monkeypatch):
+    compiled, model = [], make_model()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled.append(self))
+    model.compile()
+    assert compiled == [*model.blocks, model.lm_head]
+    del compiled[:], model.wte
+    model.wte = SimpleNamespace(weight=SimpleNamespace(is_cuda=True))
+    model.compile()
+    assert compiled == [model]
+
+
 def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(graphs):
     """The beginning of averaged weights. And an edit of the original's shows in its own logits."""
     model, idx = make_model(n_layer=2), some_tokens()
@@ -272,9 +293,27 @@ def test_a_copy_of_a_compiled_model_computes_with_its_own_weights(graphs):
 # --- First weights ---
 
 
+def test_a_matrix_says_how_it_starts():
+    """Before, a deviation left out meant zeros: two of them multiplied never learn."""
+    with pytest.raises(TypeError, match="std"):
+        train.Linear(4, 4)
+
+
+def test_the_soft_cap_is_a_hyperbolic_tangent_also_far_out():
+    head = train.Head(GPTConfig(**TINY))
+    z = torch.tensor([-1e4, -300.0, -15.0, -1e-3, 0.0, 1.0, 40.0, 700.0, 1e4])
+    head.weight.data = z[:, None] / 32**0.5 * torch.ones(32) / 32**0.5
+    x = torch.ones(1, 1, 32, requires_grad=True)
+    logits = head(x)
+    torch.testing.assert_close(logits[0, 0], 15 * torch.tanh(z / 15), rtol=1e-4, atol=1e-5)
+    logits.sum().backward()
+    assert x.grad.isfinite().all() and head.weight.grad.isfinite().all()
+
+
 def test_first_weights_have_the_reference_spread():
     torch.manual_seed(7)
-    fresh = GPT(GPTConfig(32, 1000, n_layer=2, n_head=2, n_kv_head=2, n_embd=128), written_out)
+    sizes = dict(sequence_len=32, vocab_size=1000, n_layer=2, n_head=2, n_kv_head=2, n_embd=128)
+    fresh = GPT(GPTConfig(**{**FULL, **sizes}), written_out)
     for name, weight in fresh.named_parameters():
         if weight.ndim == 0:
             assert weight.item() == pytest.approx(1.0 if "residual" in name else 0.1), name

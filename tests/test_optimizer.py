@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import train
-from train import GPT, GPTConfig, Muon, make_optimizers, orthogonalize, written_out
+from prepare import HarnessError
+from train import GPT, GPTConfig, Muon, groups_of, make_optimizers, orthogonalize, written_out
 
 SHAPES = [(24, 24), (16, 64), (64, 16), (4, 32)]
 
@@ -82,17 +83,21 @@ class SlowMuon:
 def test_muon_follows_the_rule_written_out_and_a_groups_own_values_hold(monkeypatch):
     """Three matrices of each shape, in one group; momentum rises, here over two steps."""
     monkeypatch.setattr(train, "MUON_MOMENTUM_STEPS", 2)
+    monkeypatch.setattr(train, "lr_scale", lambda progress: 1.0)
     unused, *params = parameters(SHAPES[:1] + SHAPES * 3)  # by an idea: it stays as it is
     before, rules = unused.detach().clone(), [SlowMuon(p) for p in params]
-    own = dict(params=[unused, *params], lr=0.1, momentum=(0.5, 0.8), weight_decay=0.3, beta2=0.9)
-    optimizer = Muon([own], torch.float32)
-    assert len(optimizer.param_groups) == len(SHAPES)
-    for momentum in (0.5, 0.65, 0.8, 0.8):
+    own = dict(kind="muon", momentum_from_to=(0.5, 0.8), weight_decay=0.3, beta2=0.9)
+    own |= dict(initial_lr=0.1, initial_weight_decay=0.3, lr=0.1)
+    optimizer = Muon([dict(params=[unused, *params], **own)], torch.float32)
+    for number, momentum in enumerate((0.5, 0.65, 0.8, 0.8)):
+        train.apply_schedules([optimizer], 0.0, number)
         step([optimizer], params, seed=int(100 * momentum))
         for p, rule in zip(params, rules, strict=True):
             rule.step(p.grad, 0.1, momentum, 0.3, 0.9)
             torch.testing.assert_close(p.double(), rule.weight, rtol=1e-3, atol=1e-3)
     assert torch.equal(unused, before)
+    # Where torch's optimizers keep theirs, so that it is saved, loaded and forgotten with them.
+    assert len(optimizer.state_dict()["state"]) == len(SHAPES)
 
 
 # --- Groups ---
@@ -100,11 +105,12 @@ def test_muon_follows_the_rule_written_out_and_a_groups_own_values_hold(monkeypa
 
 def tiny(dtype=torch.float32, **changes) -> GPT:
     sizes = dict(sequence_len=8, vocab_size=50, n_layer=4, n_head=2, n_kv_head=2, n_embd=32)
+    sizes |= dict(window_pattern="SSSL", short_window=1 / 2, value_embedding_every=2)
     torch.manual_seed(1)
     return GPT(GPTConfig(**{**sizes, **changes}), written_out, dtype)
 
 
-def groups_of(model: GPT) -> dict[str, tuple]:
+def groups_by_parameter(model: GPT) -> dict[str, tuple]:
     """(optimizer, group) of each parameter by name; each is in exactly one."""
     names, found = {p: name for name, p in model.named_parameters()}, {}
     for optimizer in make_optimizers(model):
@@ -119,43 +125,86 @@ def groups_of(model: GPT) -> dict[str, tuple]:
 def test_every_parameter_has_the_rule_and_the_rates_of_the_reference():
     scale, betas = (512 / 768) ** -0.5, train.ADAM_BETAS
     wanted = {
-        "lm_head.weight": (train.UNEMBEDDING_LR * scale, betas),
-        "wte.weight": (train.EMBEDDING_LR * scale, betas),
-        "value_embedding.weight": (train.EMBEDDING_LR * scale, betas),
-        "residual_scale": (train.SCALAR_LR * train.RESIDUAL_LR_SCALE, betas),
-        "skip_scale": (train.SCALAR_LR, train.SKIP_BETAS),
+        "lm_head.weight": ("head", train.UNEMBEDDING_LR * scale, betas),
+        "wte.weight": ("tables", train.EMBEDDING_LR * scale, betas),
+        "value_embedding.weight": ("tables", train.EMBEDDING_LR * scale, betas),
+        "residual_scale": ("scalars", train.SCALAR_LR * train.RESIDUAL_LR_SCALE, betas),
+        "skip_scale": ("skips", train.SCALAR_LR, train.SKIP_BETAS),
     }
-    muon = dict(lr=train.MATRIX_LR, weight_decay=train.WEIGHT_DECAY)
-    muon |= dict(momentum=train.MUON_MOMENTUM, beta2=train.MUON_BETA2)
-    for name, (rule, group) in groups_of(tiny(n_embd=512)).items():
-        lr, betas = next((wanted[end] for end in wanted if name.endswith(end)), (0, 0))
-        adamw = dict(lr=pytest.approx(lr), weight_decay=train.ADAM_WEIGHT_DECAY)
-        adamw |= dict(betas=betas, eps=train.ADAM_EPS)
+    muon = dict(name="matrices", kind="muon", lr=train.MATRIX_LR, weight_decay=train.WEIGHT_DECAY)
+    muon |= dict(momentum_from_to=train.MUON_MOMENTUM, beta2=train.MUON_BETA2)
+    for name, (rule, group) in groups_by_parameter(tiny(n_embd=512)).items():
+        own, lr, betas = next((wanted[end] for end in wanted if name.endswith(end)), (0, 0, 0))
+        adamw = dict(name=own, lr=pytest.approx(lr), weight_decay=train.ADAM_WEIGHT_DECAY)
+        adamw |= dict(kind="adamw", betas=betas, eps=train.ADAM_EPS)
         assert rule is (torch.optim.AdamW if lr else Muon), name
         assert group.items() >= (adamw if lr else muon).items(), name
 
 
 class OddBlock(train.Block):
-    """A layer with a gain, a matrix with bias and a convolution."""
+    """A layer with a gain and a matrix with bias."""
 
     def __init__(self, config, layer, attend):
         super().__init__(config, layer, attend)
         self.gain = nn.Parameter(torch.ones(config.n_embd))
         self.linear = nn.Linear(config.n_embd, config.n_embd)
-        self.mixed = nn.Conv1d(config.n_embd, config.n_embd, 3, groups=config.n_embd)
 
 
-def test_what_is_no_matrix_of_the_layers_goes_to_adamw_by_itself(monkeypatch):
+def test_gains_and_biases_go_to_the_last_group_by_themselves(monkeypatch):
     monkeypatch.setattr(train, "Block", OddBlock)
     model = tiny()
-    rules = {name.removeprefix("blocks.0."): rule for name, (rule, _) in groups_of(model).items()}
-    assert rules["linear.weight"] is Muon
-    for name in ("gain", "linear.bias", "mixed.weight", "mixed.bias"):
-        assert rules[name] is torch.optim.AdamW, name
+    groups = {name: group["name"] for name, (_, group) in groups_by_parameter(model).items()}
+    assert groups["blocks.0.linear.weight"] == "matrices"
+    assert groups["blocks.0.gain"] == groups["blocks.0.linear.bias"] == "scalars"
     params = list(model.parameters())
     before = [p.detach().clone() for p in params]
     step(make_optimizers(model), params)
     assert not any(torch.equal(p, was) for p, was in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (2, 32, 32)])
+def test_a_weight_of_two_dimensions_or_more_that_no_group_names_is_an_error(shape, monkeypatch):
+    """Before, it was trained at the scalars' rate, in silence."""
+    model = tiny()
+    model.blocks[1].experts = nn.Parameter(torch.zeros(shape))
+    with pytest.raises(HarnessError) as failure:
+        make_optimizers(model)
+    assert str(failure.value).startswith(f"blocks.1.experts {shape} is in no group")
+    name_one(monkeypatch, "matrices", lambda model: [model.blocks[1].experts])
+    if len(shape) == 2:
+        assert groups_by_parameter(model)["blocks.1.experts"][0] is Muon
+
+
+def name_one(monkeypatch, group_name: str, more=lambda model: [], **changes) -> None:
+    """An edit of parameter_groups: another member of a group, or other values."""
+    original = train.parameter_groups
+
+    def edited(model):
+        groups = original(model)
+        (group,) = [group for group in groups if group["name"] == group_name]
+        group.update(changes)
+        group["params"] = [*more(model), *group["params"]]
+        return groups
+
+    monkeypatch.setattr(train, "parameter_groups", edited)
+
+
+def test_adamw_for_all_makes_one_optimizer_and_an_unknown_kind_is_an_error(monkeypatch):
+    name_one(monkeypatch, "matrices", kind="adamw", lr=0.01)
+    model = tiny()
+    (adamw,) = make_optimizers(model)  # before: "optimizer got an empty parameter list"
+    assert type(adamw) is torch.optim.AdamW
+    assert sum(len(group["params"]) for group in adamw.param_groups) == len([*model.parameters()])
+    train.apply_schedules([adamw], 0.5, 3)
+    step([adamw], list(model.parameters()))
+    name_one(monkeypatch, "matrices", kind="adamm")
+    with pytest.raises(KeyError, match="adamm"):
+        make_optimizers(model)
+
+
+def test_a_parameter_belongs_to_the_first_group_that_names_it(monkeypatch):
+    name_one(monkeypatch, "head", lambda model: [model.wte.weight])
+    assert groups_by_parameter(tiny())["wte.weight"][1]["name"] == "head"
 
 
 def test_an_edit_of_the_weights_between_steps_survives_the_next(monkeypatch):
@@ -168,7 +217,7 @@ def test_an_edit_of_the_weights_between_steps_survives_the_next(monkeypatch):
             for p in params:
                 p.mul_(0.5).add_(0.01)
         edited = [p.detach().clone() for p in params]
-        train.apply_schedules(optimizers, progress)
+        train.apply_schedules(optimizers, progress, 0)
         step(optimizers, params)
     assert all(torch.equal(p, was) for p, was in zip(params, edited, strict=True))
 
@@ -193,16 +242,31 @@ def test_rates_rise_stay_and_fall_linearly(warmup, warmdown, floor, wanted, monk
 
 def test_schedules_scale_each_groups_own_values(monkeypatch):
     monkeypatch.setattr(train, "lr_scale", lambda progress: 0.5)
-    weights = parameters([(8, 8), (8, 8), (5,)])
-    plain = dict(params=weights[:1], lr=0.1, momentum=(0.9, 0.9))
-    own = dict(params=weights[1:2], lr=0.3, momentum=(0.7, 0.7), weight_decay=0.6)
-    adamw = torch.optim.AdamW([dict(params=weights[2:], lr=0.2, weight_decay=0.5)])
-    optimizers = [Muon([plain, own], torch.float32), adamw]
-    for progress in (0.0, 0.9, 0.75):  # scales never multiply up
-        train.apply_schedules(optimizers, progress)
-        step(optimizers, weights)
-    groups = [*optimizers[0].param_groups, *adamw.param_groups]
-    assert [group["lr"] for group in groups] == pytest.approx([0.05, 0.15, 0.1])
-    decays = [train.WEIGHT_DECAY / 4, 0.15, 0.5]  # the matrices' falls to 0
-    assert [group["weight_decay"] for group in groups] == pytest.approx(decays)
-    torch.testing.assert_close(groups[1]["first"][0], (1 - 0.7**3) * weights[1].grad)
+    queries = dict(momentum_from_to=(0.7, 0.9), weight_decay=0.6, lr=0.3)
+    name_one(monkeypatch, "matrices", **queries)
+    name_one(monkeypatch, "tables", weight_decay=0.5)
+    model = tiny()
+    optimizers = make_optimizers(model)
+    wanted = {group["name"]: group["lr"] / 2 for group in groups_of(optimizers)}
+    for progress, number in ((0.0, 10), (0.9, 0), (0.75, 150)):  # scales never multiply up
+        train.apply_schedules(optimizers, progress, number)
+    groups = {group["name"]: group for group in groups_of(optimizers)}
+    assert {name: group["lr"] for name, group in groups.items()} == pytest.approx(wanted)
+    assert groups["matrices"]["weight_decay"] == pytest.approx(0.15)  # it falls to 0
+    assert groups["tables"]["weight_decay"] == 0.5
+    assert groups["matrices"]["momentum"] == pytest.approx(0.8)  # half of 300 steps
+    train.apply_schedules(optimizers, 0.0, 10_000)
+    assert groups["matrices"]["momentum"] == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("progress", [1 + 1e-9, 1.5, -1e-9])
+def test_progress_beyond_its_ends_counts_as_the_end(progress, monkeypatch):
+    """Before, a microsecond too many gave a negative rate, or divided by zero."""
+    for warmdown in (0.5, 0.0):
+        monkeypatch.setattr(train, "WARMDOWN_RATIO", warmdown)
+        optimizers = make_optimizers(tiny())
+        train.apply_schedules(optimizers, progress, 0)
+        got = [(group["lr"], group["weight_decay"]) for group in groups_of(optimizers)]
+        train.apply_schedules(optimizers, min(max(progress, 0), 1), 0)
+        assert got == [(group["lr"], group["weight_decay"]) for group in groups_of(optimizers)]
+        assert all(lr >= 0 and decay >= 0 for lr, decay in got)
