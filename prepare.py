@@ -43,7 +43,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 # --- Benchmark constants ------------------------------------------------------
-# What is measured, and whether on the numbers for CUDA: the benchmark id changes with each.
+# What is measured: each of these changes the benchmark id. Without CUDA the numbers are smaller.
 
 _CUDA = torch.cuda.is_available()
 # climbmix, tinystories, pysource, or the path of a folder or file of your own.
@@ -161,7 +161,9 @@ HUB = {
 # Of local text, documents with the lowest hashes are held out, in this order: a fair sample of
 # every folder and topic. As many bytes as the smaller of these two allows:
 HELD_OUT_SHARE = 0.1  # of all
-HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS: a token has 3 or 4, and packing loses most of them
+HELD_OUT_BYTES = (
+    12  # for each of EVAL_TOKENS: a token has 3 or 4, and packing cuts off two of three
+)
 SHARD_BYTES = 256 << 20  # of local text, about
 PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
 # Not the same on all platforms:
@@ -339,7 +341,8 @@ def receive(url: str, part: Path, bar: tqdm) -> str | None:
                 for block in answer.iter_content(1 << 16):
                     file.write(block)
                     bar.update(len(block))
-    for hop in answer.history or [answer]:  # behind the redirect the ETag is of another kind
+    # The hub's own answers have the SHA-256; the host that they redirect to has another ETag.
+    for hop in answer.history or [answer]:
         tag = hop.headers.get("X-Linked-ETag") or hop.headers.get("ETag") or ""
         if digest := re.search(r"\b[0-9a-f]{64}\b", tag):
             return digest[0]
@@ -425,7 +428,10 @@ def prepared_directory(num_shards: int | None = None) -> Path:
     if DATASET in HUB:
         text = [HUB[DATASET].repository, num_shards or NUM_SHARDS]
     elif DATASET == "pysource":
-        text = [metadata.version(package) for package in PYSOURCE_PACKAGES]
+        try:
+            text = [metadata.version(package) for package in PYSOURCE_PACKAGES]
+        except metadata.PackageNotFoundError as missing:
+            raise HarnessError(f"pysource needs {missing.name}; run: uv sync") from missing
     else:
         text = [str(own_path())]
     digest = hash_of(json.dumps([constants, text]).encode())
@@ -668,7 +674,7 @@ def find_documents(folder: Path, num_shards: int | None, workers: int) -> Docume
 def has_changed(folder: Path) -> bool:
     """Whether a person's own text is another one than was gathered."""
     listing = folder / "documents" / "files.json"
-    if DATASET in [*HUB, "pysource"] or not listing.exists():
+    if DATASET in [*HUB, "pysource"] or not listing.exists() or not own_path().exists():
         return False
     return json.loads(listing.read_text()) != names_and_sizes(local_files())
 
@@ -695,7 +701,7 @@ def learn_vocabulary(documents: Documents) -> Tokenizer:
 
 
 def encode_all(texts: Iterable[str], encoders: list[Tokenizer]) -> Iterator[np.ndarray]:
-    """Step 3: the tokens of documents, in order, by one thread for each: sharing one is slower."""
+    """Step 3: the tokens of documents, in order. Threads that share an encoder are slower."""
     texts = iter(texts)
     with ThreadPoolExecutor(len(encoders)) as pool:
         while True:
@@ -720,11 +726,14 @@ def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
     for unfinished in folder.glob("unfinished-*"):  # the lock is ours: whoever made it was killed
         shutil.rmtree(unfinished)
     prepared = read_manifest(folder)
-    if has_changed(folder) and prepared is None:
-        shutil.rmtree(folder)  # nothing has been trained on it
-    elif has_changed(folder):
-        say(f"note: the text has changed; to use it, remove {folder}, run: uv run prepare.py")
-    if prepared is not None:
+    if prepared is None:
+        if has_changed(folder):
+            shutil.rmtree(folder)  # nothing has been trained on it
+    else:
+        if has_changed(folder):
+            say(f"note: the text has changed; to use it, remove {folder}, run: uv run prepare.py")
+        if DATASET not in HUB and not (folder / "documents").exists():
+            shutil.rmtree(folder)  # else what is made anew could be of other text
         for file in prepared.damaged():
             file.unlink(missing_ok=True)
         if not prepared.damaged():
@@ -772,11 +781,8 @@ def prepare(num_shards: int | None = None, workers: int = 8) -> Prepared:
     if NUM_SHARDS < 1 and NUM_SHARDS != -1:
         raise HarnessError(f"prepare.py: {NUM_SHARDS = } must be at least 1, or -1 for all files")
     started_s = time.perf_counter()
-    try:
-        folder = prepared_directory(num_shards)
-    except metadata.PackageNotFoundError as missing:
-        raise HarnessError(f"pysource needs {missing.name}; run: uv sync") from missing
-    say(f"preparing {DATASET} in {folder}, after other processes that do so")
+    folder = prepared_directory(num_shards)
+    say(f"preparing {DATASET} in {folder} (waits while another process prepares data)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(cache_directory() / "lock"):  # it ends with the process
@@ -862,8 +868,8 @@ def make_dataloader(
             while True:
                 inputs, targets, epoch = ahead.pop(0).result()
                 ahead.append(pool.submit(make_batch))
-                # Only copies from pinned memory are not waited for: torch gives it to nobody else
-                # before they have ended. Each batch has memory of its own, never filled again.
+                # A copy from pinned memory goes on behind: torch does not use that memory again
+                # before the copy has ended, and no batch is written to again.
                 inputs = inputs.to(device, non_blocking=is_cuda)
                 yield inputs, targets.to(device, non_blocking=is_cuda), epoch
 
@@ -872,12 +878,12 @@ def make_dataloader(
 
 # --- Evaluation ---------------------------------------------------------------
 # Besides the scored rows probes are scored, shuffled among them, in an order that nobody can
-# foresee. A probe is a scored row in another batch; in 7 of 8, all tokens from a secret place on,
-# its cut, are drawn at random. What a model may not do, and how it shows:
+# foresee. A probe is a scored row put into another batch. Seven of eight have a cut: a secret
+# position from which on all tokens are random. What a model may not do, and how it shows:
 #
-#   look at later tokens        its loss before a cut is not that of the scored row. Half of the
-#                               models are refused that do it at 1.5 % of positions (0.15 % at the
-#                               GPU scale), which is the share of the bits that they can gain.
+#   look at later tokens        its loss before a cut is not that of the scored row. One that does
+#                               so at 1.5 % of positions (0.15 % at the GPU scale) is refused half
+#                               of the time, and can gain at most that share of the bits.
 #   do so, and repeat its       it predicts the random tokens behind the cut better than chance,
 #   answers to known rows       which no honest model can. From 0.25 % on all are refused.
 #   look at other rows, or at   its loss in another batch is not that of the scored row.
@@ -954,8 +960,9 @@ def score(model: torch.nn.Module, V: int, tokens: np.ndarray, targets: np.ndarra
     finally:
         for module, mode in modes:
             module.training = mode
-    for name, after in state().items():
-        if name not in before or not before[name].equal(after):
+    after = state()
+    for name in [*before, *after]:
+        if name not in before or name not in after or not before[name].equal(after[name]):
             raise Refused(f"the model changed its {name} while it was evaluated")
     return torch.stack(losses).cpu().numpy()
 
@@ -970,7 +977,7 @@ def refuse_at(bad: np.ndarray, numbers: np.ndarray, what: str) -> None:
 class Probes(NamedTuple):
     """P batches of scored rows, each at its place in a batch, random from its cut on."""
 
-    numbers_PB: np.ndarray  # of the rows
+    batches_PB: np.ndarray  # in which their rows are scored, at the same place
     tokens: np.ndarray  # (P, B, T + 1)
     targets_PBT: np.ndarray
     is_own_PBT: np.ndarray  # whether the inputs so far, and the target, are the row's own
@@ -981,17 +988,17 @@ def make_probes(rows: np.ndarray, numbers: np.ndarray, secret: np.random.Generat
     num_batches, B = numbers.shape
     T = rows.shape[1] - 1
     P = max(2, num_batches // BATCHES_PER_PROBE_BATCH)
-    numbers_PB = numbers[secret.integers(num_batches, size=(P, B)), np.arange(B)]
+    batches_PB = secret.integers(num_batches, size=(P, B))
     cuts = secret.integers(1, T, size=P * B)  # the first random token
     cuts[secret.permutation(P * B)[: -(-P * B // 8)]] = T  # in one of eight no input is random
     cuts_PB1 = cuts.reshape(P, B, 1)
-    own = rows[numbers_PB]
+    own = rows[numbers[batches_PB, np.arange(B)]]
     drawn = secret.choice(rows[:, 1:].ravel(), own.shape)  # each token as often as in the text
     # At cut - 1 the target is the row's own, though the next input is random: a model that looks
     # one token ahead shows there.
     is_own_PBT = np.arange(T) < cuts_PB1
     return Probes(
-        numbers_PB,
+        batches_PB,
         tokens=np.where(np.arange(T + 1) < cuts_PB1, own, drawn),
         targets_PBT=np.where(is_own_PBT, own[..., 1:], drawn[..., 1:]),
         is_own_PBT=is_own_PBT,
@@ -1014,9 +1021,10 @@ def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarr
     losses_NT = losses[:num_batches].reshape(-1, rows.shape[1] - 1)[: len(rows)]
     refuse_at(~np.isfinite(losses_NT), np.arange(len(rows)), "a loss that is not finite")
     probe_losses_PBT = losses[num_batches:]
-    gaps_PBT = np.abs(probe_losses_PBT - losses_NT[probes.numbers_PB])
+    place_PB = probes.batches_PB, np.arange(batch_size)
+    gaps_PBT = np.abs(probe_losses_PBT - losses[place_PB])
     other_PBT = probes.is_own_PBT & ~(gaps_PBT <= LOSS_TOLERANCE_NATS)  # or not a number
-    refuse_at(other_PBT, probes.numbers_PB, OTHER_LOSS)
+    refuse_at(other_PBT, numbers[place_PB], OTHER_LOSS)
     true_chance_V = np.bincount(rows[:, 1:].ravel(), minlength=V) / rows[:, 1:].size
     paid = np.exp(-probe_losses_PBT) / true_chance_V[probes.targets_PBT]
     for stake in STAKES:
@@ -1055,7 +1063,7 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
     """Bits per byte of `model` on the validation rows, the same for every `batch_size`.
 
     `model(idx)` must give logits (B, T, V) from tokens (B, T) int64. Prints where the bits go.
-    Raises Refused for a model that the table above has no number for, and for altered files.
+    Raises Refused for a model that fails a check (the table above), and for altered files.
     """
     prepared = open_prepared()
     for name, digest in prepared.sha256.items():

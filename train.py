@@ -93,11 +93,11 @@ SEED = os.environ.get("SEED", "42")  # a second one tells a gain from luck
 
 ATTENTION = ""  # "": by rule, and compared with written_out; one of BACKENDS: taken as it is
 QUERY_BLOCK = 128  # queries at a time, where attention is written out
-TRIAL_PROGRESS = (0.0, 0.5, 1.0)  # of the steps before the clock, on weights thrown away
+TRIAL_PROGRESS = (0.0, 0.5, 1.0)  # a trial step at each, before the clock, on weights thrown away
 MAX_LOSS = 100.0  # a run beyond it is ended
 LOG_LINES = 25
 DIAGNOSED_AT = (0.25, 0.5, 0.75, 0.98)  # of the time budget
-HUNG_AFTER_S = TIME_BUDGET + 300  # ends a run that is so long before, in or after the clock
+HUNG_AFTER_S = TIME_BUDGET + 300  # ends warm-up, training or evaluation that takes so long
 
 # --- Model ---------------------------------------------------------------------
 
@@ -113,8 +113,8 @@ class GPTConfig:
     n_kv_head: int
     n_embd: int
     window_pattern: str
-    short_window: float
-    value_embedding_every: int
+    short_window: float = 1 / 2
+    value_embedding_every: int = 2
 
     def windows(self) -> list[int]:
         """For each layer, how many tokens before itself a token sees."""
@@ -137,7 +137,7 @@ def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 class Linear(nn.Linear):
     """A matrix without bias, in float32, that is multiplied in the type of its input.
 
-    A `std` of 0 is for the last matrix of a branch alone: two such matrices would never learn.
+    A `std` of 0 is for one matrix of a branch, by custom its last: of two, neither would learn.
     """
 
     def __init__(self, inputs: int, outputs: int, std: float):
@@ -274,7 +274,7 @@ class GPT(nn.Module):
         return self.lm_head(x, targets, reduction)
 
     def tables(self) -> list[nn.Parameter]:
-        """The weights that are looked up and never multiplied, as one tied to the head is."""
+        """The weights that are looked up alone: one that is tied to the head is multiplied, too."""
         multiplied = {module.weight for module in self.modules() if isinstance(module, nn.Linear)}
         tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
         return [table for table in tables if table not in multiplied]
@@ -445,7 +445,7 @@ class Step(NamedTuple):
 
 
 class GroupFigures(NamedTuple):
-    """Of a group of parameters in one step, (): norms over all its tensors."""
+    """How one step moved a group of parameters: norms over all its tensors, each of shape ()."""
 
     gradient_norm: torch.Tensor
     relative_update: torch.Tensor  # the update's norm over that of the weights
@@ -652,7 +652,8 @@ def train(run: Run) -> Trained:
     while True:
         begins_s = time.perf_counter() - trained.started_s
         if in_flight is not None and run.platform.is_cuda:
-            # The GPU begins the new step when that one ends: foresee when, by the usual length.
+            # The GPU begins the new step when the one in flight ends, about a usual step from when
+            # that one began, which is when the step before it ended.
             usual_s = statistics.median(trained.steps_s[-9:] or [run.step_s])
             begins_s = max(begins_s, trained.ended_s + usual_s)
         if begins_s >= TIME_BUDGET:
@@ -901,7 +902,7 @@ def refuse_unusable_gpu() -> None:
     try:
         torch.cuda.init()
     except RuntimeError as failure:
-        if "Found no NVIDIA driver" in str(failure):
+        if "Found no NVIDIA driver" in str(failure) or "No CUDA GPUs" in str(failure):
             return  # there is no GPU
         raise HarnessError(
             f"torch cannot use the GPU here: {str(failure).strip()[:120]}… With an older driver, "
@@ -986,7 +987,8 @@ def summarize(run: Run, trained: Trained, val_bpb: float, total_s: float) -> Non
     tokens_per_s = trained.tokens / trained.ended_s
     flops = run.model.flops_per_token() * tokens_per_s
     mfu_percent = 100 * flops / platform.peak_flops if platform.peak_flops > 0 else 0.0
-    slow_steps_s = [s for s in trained.steps_s if s > 2 * statistics.median(trained.steps_s)]
+    usual_s = statistics.median(trained.steps_s)
+    slow_steps_s = [step_s for step_s in trained.steps_s if step_s > 2 * usual_s]
     print(f"""---
 val_bpb:          {val_bpb:.6f}
 training_seconds: {trained.ended_s:.1f}

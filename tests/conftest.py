@@ -13,6 +13,7 @@ Where DESIGN.md's laws are tested:
  9 small                  test_program (lines, bytes), test_ideas (one idea, one place)
 10 a plain baseline       test_model (parameters, a second model, numbers of the two scales)
 11 same path              test_attention (by rule), test_training (however slow a backend is)
+12 runs as what it says   test_attention (by name, checked), test_training (failures are loud)
 """
 
 import random
