@@ -732,12 +732,13 @@ def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
     else:
         if has_changed(folder):
             say(f"note: the text has changed; to use it, remove {folder}, run: uv run prepare.py")
-        if DATASET not in HUB and not (folder / "documents").exists():
-            shutil.rmtree(folder)  # else what is made anew could be of other text
-        for file in prepared.damaged():
-            file.unlink(missing_ok=True)
-        if not prepared.damaged():
+        damaged = prepared.damaged()
+        if not damaged:
             return prepared
+        for file in damaged:
+            file.unlink(missing_ok=True)
+        if DATASET not in HUB and not (folder / "documents").exists():
+            shutil.rmtree(folder)  # else what is made anew could be of other text than the rest
     documents = find_documents(folder, num_shards, workers)
     vocabulary = folder / TOKENIZER_FILE
     if not vocabulary.exists():

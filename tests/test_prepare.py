@@ -97,6 +97,18 @@ def test_a_changed_constant_mixes_nothing(own_text, tmp_path, monkeypatch, name,
     assert prepare.prepare() == small and files_in(small.folder) == before
 
 
+def test_documents_that_were_removed_cost_nothing_until_something_is_damaged(small, own_text):
+    shutil.rmtree(small.folder / "documents")  # to save space: a night goes on with what is left
+    (own_text / "new.txt").write_text(some_text(1000, 300))
+    before = files_in(small.folder)
+    assert prepare.prepare() == small and files_in(small.folder) == before
+    (small.folder / small.train[0]).unlink()  # then nothing old is mixed with the new text
+    anew = prepare.prepare()
+    assert anew.sha256 != small.sha256 and anew.sizes.keys() == small.sizes.keys()
+    documents = documents_of(anew, "val.bin"), documents_of(anew, *anew.train)
+    assert not set(documents[0]) & set(documents[1])
+
+
 def test_text_that_changes_once_it_is_gathered_is_noted_and_not_followed(small, own_text, capsys):
     before, scored = files_in(small.folder), prepare.benchmark_id(small)
     capsys.readouterr()
