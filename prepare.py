@@ -4,14 +4,13 @@
 
 One way through it, downwards: text, tokens, rows, batches, number.
 
-B batch (rows) · T time (tokens of a row) · V vocabulary · N scored rows · P batches of probes. A
-row holds T + 1 tokens: inputs are its first T, targets its last T. BOS, which no text gives, starts
+B batch (rows) · T time (positions of a row) · V vocabulary · N scored rows · P batches of probes. A
+row holds T + 1 tokens: inputs are its first T, targets its last T. No text contains BOS; it starts
 every document and every row.
 """
 
 import argparse
 import base64
-import gzip
 import hashlib
 import json
 import math
@@ -21,17 +20,16 @@ import shutil
 import sys
 import tempfile
 import time
-import zlib
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from importlib import metadata, util
-from itertools import chain, count, islice
+from itertools import count, islice
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 import pyarrow.parquet
@@ -51,9 +49,9 @@ DATASET = "climbmix" if _CUDA else "pysource"
 NUM_SHARDS = 10  # files of a data set of the hub to train on, the first ones; -1: all
 VOCAB_SIZE = 8192 if _CUDA else 2048  # tokens: 256 single bytes, merges, 4 special ones
 MAX_SEQ_LEN = 2048 if _CUDA else 512  # T, in tokens
-EVAL_TOKENS = 40 * 524288 if _CUDA else 524288  # scored, if the validation text has as many
+EVAL_TOKENS = 40 * 524288 if _CUDA else 524288  # the most tokens that are scored
 TIME_BUDGET = 300  # seconds of training; start-up, compilation and evaluation not counted
-FORMAT = 3  # raise it when you change how text is read, cut, encoded or packed
+FORMAT = 4  # raise it when you change how text is read, cut, encoded or packed
 
 # --- Files and messages -------------------------------------------------------
 
@@ -77,7 +75,7 @@ def cache_directory() -> Path:
 
 
 def __getattr__(name: str) -> str:
-    """Paths by the names that they have in other people's code; importing computes none."""
+    """CACHE_DIR, DATA_DIR and TOKENIZER_DIR: computed when asked for, not when imported."""
     if name == "CACHE_DIR":
         return str(cache_directory())
     if name == "DATA_DIR":
@@ -91,26 +89,27 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def hash_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path for a file or folder that gets its name once it is whole and on the disk."""
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which gets its name once it is whole and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as unfinished:
-        yield Path(unfinished, path.name)
-        for written in filter(Path.is_file, Path(unfinished).rglob("*")):
-            with open(written, "rb+") as file:
-                os.fsync(file)
-        os.replace(Path(unfinished, path.name), path)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=path.parent) as folder:
+        unfinished = Path(folder, path.name)
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file)
+        os.replace(unfinished, path)
 
 
 def usable_cores() -> int:
     """Cores that this process may use: os.cpu_count knows no affinity and no container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with suppress(OSError, ValueError):  # not Linux, or no quota
+    with suppress(OSError, ValueError):  # no such file where it is not Linux; "max": no quota
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores
@@ -127,47 +126,48 @@ class Shard(NamedTuple):
     last: int | None = None
 
 
-class HubDataset(NamedTuple):
-    """A repository of the Hugging Face hub."""
+class Text(NamedTuple):
+    """What is trained on, what is scored, and where it lies."""
 
-    repository: str
     train: list[Shard]
     validation: Shard
+    repository: str = ""  # of the Hugging Face hub; local text has none
+    directory: Path = Path()  # on this machine
 
-
-class Documents(NamedTuple):
-    """The text on this machine."""
-
-    directory: Path
-    train: list[Shard]
-    validation: Shard
-
-    def texts(self, shard: Shard) -> Iterator[str]:
+    def documents(self, shard: Shard) -> Iterator[str]:
         file = self.directory / shard.file
-        skipped: set[Path] = set()
-        yield from filter(str.strip, islice(file_texts(file, skipped), shard.first, shard.last))
-        if skipped:
-            raise HarnessError(f"{file} is damaged; remove it, run: uv run prepare.py")
+        damaged: set[Path] = set()
+        for text in islice(file_texts(file, damaged), shard.first, shard.last):
+            if text.strip():
+                yield text
+        if damaged:
+            remedy = f"remove {file if self.repository else self.directory}"
+            raise HarnessError(f"{file} is damaged; {remedy}, run: uv run prepare.py")
 
 
 CLIMBMIX = [Shard(f"shard_{n:05d}.parquet") for n in range(6543)]
-TINY, STORIES = "karpathy/tinystories-gpt4-clean", "tinystories_gpt4_clean.parquet"
+STORIES = "tinystories_gpt4_clean.parquet"  # its first 10,000 rows are a test split
 HUB = {
-    "climbmix": HubDataset("karpathy/climbmix-400b-shuffle", CLIMBMIX[:-1], CLIMBMIX[-1]),
-    # The first 10,000 are its test split.
-    "tinystories": HubDataset(TINY, [Shard(STORIES, 20_000)], Shard(STORIES, 10_000, 20_000)),
+    "climbmix": Text(
+        train=CLIMBMIX[:-1],
+        validation=CLIMBMIX[-1],
+        repository="karpathy/climbmix-400b-shuffle",
+    ),
+    "tinystories": Text(
+        train=[Shard(STORIES, first=20_000)],
+        validation=Shard(STORIES, first=10_000, last=20_000),
+        repository="karpathy/tinystories-gpt4-clean",
+    ),
 }
-
-# Of local text, documents with the lowest hashes are held out, in this order: a fair sample of
-# every folder and topic. As many bytes as the smaller of these two allows:
-HELD_OUT_SHARE = 0.1  # of all
-HELD_OUT_BYTES = (
-    12  # for each of EVAL_TOKENS: a token has 3 or 4, and packing cuts off two of three
-)
-SHARD_BYTES = 256 << 20  # of local text, about
 PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
-# Not the same on all platforms:
+# Left out, as they differ between platforms:
 PYSOURCE_SKIPS = ("__config__.py", "_distributor_init.py", "_distributor_init_local.py")
+
+# Of local text, the documents with the lowest hashes are held out: a fair sample of every folder
+# and topic. As many bytes as the smaller of these two limits allows:
+HELD_OUT_SHARE = 0.1  # of all text
+HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS: a token has up to 4, and packing loses two of three
+SHARD_BYTES = 256 << 20  # of local text, about
 
 
 def own_path() -> Path:
@@ -180,7 +180,8 @@ def dataset_name() -> str:
 
 
 def local_files() -> list[Path]:
-    if DATASET == "pysource":  # packages that the lock file pins: the same on every platform
+    """The files of local text, in the same order on every platform."""
+    if DATASET == "pysource":  # packages that the lock file pins
         folders = [Path(util.find_spec(name).origin).parent for name in PYSOURCE_PACKAGES]
         paths = [path for folder in folders for path in folder.rglob("*.py")]
         return sorted((p for p in paths if p.name not in PYSOURCE_SKIPS), key=Path.as_posix)
@@ -188,7 +189,7 @@ def local_files() -> list[Path]:
     files = []
     for path in sorted([root, *root.rglob("*")], key=Path.as_posix):
         is_hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if path.is_file() and not is_hidden:
+        if path.is_file() and not is_hidden and cache_directory() not in path.parents:
             files.append(path)
     if not files:
         names = ", ".join([*HUB, "pysource"])
@@ -196,8 +197,31 @@ def local_files() -> list[Path]:
     return files
 
 
-def names_and_sizes(files: list[Path]) -> dict[str, int]:
-    return {file.as_posix(): size_of(file) for file in files}
+@cache  # text that changes while a process runs is the next one's
+def listing(dataset: str) -> list[tuple[str, int, float]]:
+    """Names, sizes and times of the files of a person's own text."""
+    return [(f.as_posix(), f.stat().st_size, f.stat().st_mtime) for f in local_files()]
+
+
+def text_pieces(file: TextIO) -> Iterator[str]:
+    """Cut a file of text into documents: before an unindented line that follows a blank one, once a
+    document has `least` characters; at any line, or within one, where it would pass `most`.
+
+    So pysource becomes about its definitions, and a person's own text about rows of tokens.
+    """
+    if DATASET == "pysource":
+        least, most = 200, 1 << 20
+    else:  # a token has 3 or 4 characters
+        least, most = 3 * MAX_SEQ_LEN, 4 * MAX_SEQ_LEN
+    piece = ""
+    while line := file.readline(most):
+        follows_blank_line = piece.endswith("\n\n")
+        can_end = len(piece) >= least and follows_blank_line and not line[0].isspace()
+        if can_end or len(piece) + len(line) > most:
+            yield piece
+            piece = ""
+        piece += line
+    yield piece
 
 
 def is_parquet(path: Path) -> bool:
@@ -211,45 +235,27 @@ def is_parquet(path: Path) -> bool:
 
 def parquet_texts(path: Path) -> Iterator[str]:
     file = pyarrow.parquet.ParquetFile(path)
-    if "text" not in (names := file.schema_arrow.names):
+    names = file.schema_arrow.names
+    if "text" not in names:
         raise HarnessError(f"{path} has no column `text`; its columns: {names}; move it away")
     for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+        # As bytes: what is no UTF-8 would end to_pylist.
         for text in batch.column(0).cast(pyarrow.binary()).to_pylist():
             yield (text or b"").decode(errors="replace")
 
 
-def text_pieces(file: TextIO) -> Iterator[str]:
-    """Cut a file of text into documents: before an unindented line that follows a blank one, once a
-    document has `least` characters; at any line, or within one, where it would pass `most`.
-
-    So pysource becomes about its definitions, and a person's own text about rows of tokens.
-    """
-    least, most = 200, 1 << 20
-    if DATASET != "pysource":
-        least, most = 3 * MAX_SEQ_LEN, 4 * MAX_SEQ_LEN  # a token has 3 or 4 characters
-    piece = ""
-    while line := file.readline(most):
-        can_end = len(piece) >= least and piece.endswith("\n\n") and not line[0].isspace()
-        if can_end or len(piece) + len(line) > most:
-            yield piece
-            piece = ""
-        piece += line
-    yield piece
-
-
 def file_texts(path: Path, skipped: set[Path]) -> Iterator[str]:
     """The texts of a file, noted in `skipped` if it is damaged or has parts that are no text."""
-    open_any = gzip.open if path.suffix == ".gz" else open
     try:
         if path.suffix == ".parquet":
             yield from parquet_texts(path)
             return
-        with open_any(path, "rb") as file:
+        with open(path, "rb") as file:
             if b"\0" in file.read(8192):
                 skipped.add(path)
                 return
-        with open_any(path, "rt", encoding="utf-8", errors="replace") as file:
-            if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            if path.suffix != ".jsonl":
                 yield from text_pieces(file)
                 return
             for line in filter(str.strip, file):
@@ -257,7 +263,7 @@ def file_texts(path: Path, skipped: set[Path]) -> Iterator[str]:
                     yield json.loads(line)["text"].encode(errors="replace").decode()
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                     skipped.add(path)
-    except (gzip.BadGzipFile, EOFError, zlib.error, pyarrow.ArrowException):
+    except pyarrow.ArrowException:
         skipped.add(path)
     except OSError as failure:
         remedy = "make it readable, or move it away"
@@ -266,46 +272,44 @@ def file_texts(path: Path, skipped: set[Path]) -> Iterator[str]:
 
 def gather_local_text(directory: Path) -> None:
     """Write documents into val.jsonl and into shards each of which holds some of every topic."""
-    files = local_files()
     skipped: set[Path] = set()
-
-    def documents(what: str) -> Iterator[tuple[int, str]]:
-        for file in progress_bar(files, desc=what, unit=" files"):
+    hashes = array("Q")  # of 64 bits
+    num_bytes = array("q")  # of each document
+    with ExitStack() as opened:
+        # All documents, a line each, in a file that goes away by itself.
+        lines = opened.enter_context(tempfile.TemporaryFile(dir=directory.parent))
+        for file in progress_bar(local_files(), desc="reading", unit=" files"):
             for text in filter(str.strip, file_texts(file, skipped)):
-                digest = hashlib.blake2b(text.encode(), digest_size=8)
-                yield int.from_bytes(digest.digest(), "big"), text
-
-    numbers, sizes = array("Q"), array("q")
-    for number, text in documents("reading"):
-        numbers.append(number)
-        sizes.append(len(text.encode()))
-    if not numbers:
-        raise too_little_text(0, VOCAB_SIZE, "tokens")
-    order = np.argsort(numbers)
-    most_bytes = min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * sum(sizes))
-    num_held_out = np.searchsorted(np.cumsum(np.array(sizes)[order]), most_bytes, side="right")
-    first_trained = numbers[order[num_held_out]]
-    num_shards = 1 + sum(sizes) // SHARD_BYTES
-    held_out = []
-    with written_whole(directory) as unfinished, ExitStack() as opened:
-        unfinished.mkdir()
-        names = [f"{n:04d}.jsonl" for n in range(num_shards)]
-        shards = [opened.enter_context(open(unfinished / name, "w")) for name in names]
-        for number, text in documents("writing"):
-            line = json.dumps({"text": text}) + "\n"
+                digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+                hashes.append(int.from_bytes(digest, "big"))
+                num_bytes.append(len(text.encode()))
+                lines.write(json.dumps({"text": text}).encode() + b"\n")
+        most_bytes = min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * sum(num_bytes))
+        first_trained = 0  # the lowest hash that is not held out
+        for n in np.argsort(hashes):
+            first_trained = hashes[n]
+            most_bytes -= num_bytes[n]
+            if most_bytes < 0:
+                break
+        shards = []
+        for n in range(1 + sum(num_bytes) // SHARD_BYTES):
+            shards.append(opened.enter_context(written_whole(directory / f"{n:04d}.jsonl")))
+        held_out = []
+        lines.seek(0)
+        for number, line in zip(hashes, lines, strict=True):
             if number < first_trained:
                 held_out.append((number, line))
-            else:
-                shards[number % num_shards].write(line)
-        (unfinished / "val.jsonl").write_text("".join(line for _, line in sorted(held_out)))
-        (unfinished / "files.json").write_text(json.dumps(names_and_sizes(files)))
+            else:  # by its hash, so that each shard has some of every topic
+                shards[number % len(shards)].write(line)
+    with written_whole(directory / "val.jsonl") as file:  # when it is there, so are the shards
+        file.writelines(line for _, line in sorted(held_out))
     if skipped:
         names = ", ".join(sorted(map(str, skipped))[:5])
         say(f'note: {len(skipped):,} files are damaged, no text, or in part no "text": {names}')
 
 
 def too_little_text(found: int, needed: int, what: str) -> HarnessError:
-    chars = max(100 * VOCAB_SIZE, 640 * MAX_SEQ_LEN)
+    chars = max(100 * VOCAB_SIZE, 640 * MAX_SEQ_LEN)  # 100 for each token, or 16 rows of a tenth
     return HarnessError(
         f'DATASET = "{DATASET}" has too little text: {found} of {needed} {what}; bring '
         f"{chars:,} varied characters, or lower VOCAB_SIZE or MAX_SEQ_LEN in prepare.py"
@@ -319,7 +323,7 @@ TIMEOUT_S = (10, 30)  # to connect; between two bytes
 
 
 def receive(url: str, part: Path, bar: tqdm) -> str | None:
-    """Append what `part` lacks; gives the SHA-256 that the hub names, if it does."""
+    """Append what `part` lacks; gives the hub's SHA-256 of the file, or None."""
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={size_of(part)}-"}
     if token := os.environ.get("HF_TOKEN"):
         headers["Authorization"] = f"Bearer {token}"  # dropped by requests at another host
@@ -335,8 +339,7 @@ def receive(url: str, part: Path, bar: tqdm) -> str | None:
         if status == 200:  # all of it, from the start
             part.unlink(missing_ok=True)
         if status < 400:
-            file_bytes = size_of(part) + int(answer.headers.get("Content-Length", 0))
-            bar.total = max(bar.total, file_bytes)
+            bar.total = max(bar.total, size_of(part) + int(answer.headers.get("Content-Length", 0)))
             with open(part, "ab") as file:
                 for block in answer.iter_content(1 << 16):
                     file.write(block)
@@ -353,19 +356,19 @@ def download_file(url: str, path: Path, bar: tqdm) -> None:
     """Fetch into `path`.part, with which a next call goes on, and rename it once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    most_bytes = size_of(part)
+    longest = size_of(part)
     failures = 0  # in a row
     while True:
         try:
             digest = receive(url, part, bar)
-            if is_parquet(part) and digest in (None, hash_of(np.memmap(part, np.uint8, "r"))):
+            if is_parquet(part) and (digest is None or digest == sha256_of(part)):
                 os.replace(part, path)
                 return
             part.unlink(missing_ok=True)
             raise requests.ConnectionError(f"{url} gave other bytes than the file's")
         except requests.RequestException:
-            if size_of(part) > most_bytes:
-                most_bytes = size_of(part)
+            if size_of(part) > longest:
+                longest = size_of(part)
                 failures = 0
             if failures == len(RETRY_WAITS_S):
                 raise
@@ -376,35 +379,31 @@ def download_file(url: str, path: Path, bar: tqdm) -> None:
 def download(repository: str, names: list[str], directory: Path, workers: int) -> None:
     """Fetch what is missing; the first file alone, as one failure there is enough to end."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    # Two splits can be of one file.
     missing = [name for name in dict.fromkeys(names) if not is_parquet(directory / name)]
-    failures: list[Exception] = []
-
-    def fetch(name: str) -> None:
-        if len(failures) > workers:
-            return  # it is the network, not the file
-        try:
-            url = f"{endpoint}/datasets/{repository}/resolve/main/{name}"
-            download_file(url, directory / name, bar)
-            say(f"{name}: {size_of(directory / name) / 1e6:.0f} MB")
-        except (requests.RequestException, HarnessError) as failure:
-            failures.append(failure)
-
     if not missing:
         return
     say(f"downloading {len(missing)} files of {repository}")
-    with progress_bar(desc="downloading", unit="B", total=1) as bar:
-        fetch(missing[0])
-        bar.total *= len(missing)  # files of one data set are about equally long
-        if not failures:
+    bar = progress_bar(desc="downloading", unit="B", total=1)  # `receive` learns how many
+
+    def fetch(name: str) -> None:
+        url = f"{endpoint}/datasets/{repository}/resolve/main/{name}"
+        download_file(url, directory / name, bar)
+        say(f"{name}: {size_of(directory / name) / 1e6:.0f} MB")
+
+    try:
+        with bar:
+            fetch(missing[0])
+            bar.total *= len(missing)  # files of one data set are about equally long
             with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(fetch, missing[1:]))
-    if failures:
+                list(pool.map(fetch, missing[1:]))  # ends at a failure; what has begun is ended
+    except (requests.RequestException, HarnessError) as failure:
         lost = [name for name in missing if not is_parquet(directory / name)]
         raise HarnessError(
             f"{len(lost)} of {len(missing)} files are still missing ({', '.join(lost[:20])}): "
-            f"{failures[0]}. To go on, run: uv run prepare.py; without a network, set "
+            f"{failure}. To go on, run: uv run prepare.py; without a network, set "
             'DATASET = "pysource" in prepare.py'
-        ) from failures[0]
+        ) from failure
 
 
 # --- Tokenizer ----------------------------------------------------------------
@@ -423,18 +422,16 @@ TOKENIZER_FILE = "tokenizer.tiktoken"  # tiktoken's ranks format: text, never pi
 
 def prepared_directory(num_shards: int | None = None) -> Path:
     """The folder of tokenizer, tokens and rows; its name holds a hash of all that decides them."""
-    constants = [FORMAT, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, SPLIT_PATTERN, BPE_CHARS]
-    constants += [BPE_DOCUMENT_CHARS, HELD_OUT_SHARE, HELD_OUT_BYTES, SHARD_BYTES]
     if DATASET in HUB:
-        text = [HUB[DATASET].repository, num_shards or NUM_SHARDS]
+        sources = [HUB[DATASET].repository, num_shards or NUM_SHARDS]
     elif DATASET == "pysource":
-        try:
-            text = [metadata.version(package) for package in PYSOURCE_PACKAGES]
-        except metadata.PackageNotFoundError as missing:
-            raise HarnessError(f"pysource needs {missing.name}; run: uv sync") from missing
+        sources = [metadata.version(package) for package in PYSOURCE_PACKAGES]
     else:
-        text = [str(own_path())]
-    digest = hash_of(json.dumps([constants, text]).encode())
+        sources = listing(DATASET)
+    constants = [FORMAT, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, HELD_OUT_SHARE, HELD_OUT_BYTES]
+    constants += [SHARD_BYTES, SPLIT_PATTERN, SPECIAL_TOKENS, BPE_CHARS, BPE_DOCUMENT_CHARS]
+    constants += [ENCODE_CHARS, BUFFER_SIZE, LEAST_ROWS]
+    digest = hashlib.sha256(json.dumps([constants, sources]).encode()).hexdigest()
     return cache_directory() / f"{dataset_name()}-v{VOCAB_SIZE}-{digest[:8]}"
 
 
@@ -456,9 +453,10 @@ class Tokenizer:
         bpe.train_from_iterator(iter(texts), num_ranks, pattern=SPLIT_PATTERN)
         return cls({bytes(token): rank for token, rank in bpe.get_mergeable_ranks()})
 
-    def save(self, file: Path) -> None:
-        ranks = self.ranks.items()
-        file.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % rank for t, rank in ranks))
+    def to_text(self) -> bytes:
+        """What `from_directory` reads: a line a token."""
+        lines = [f"{base64.b64encode(t).decode()} {rank}\n" for t, rank in self.ranks.items()]
+        return "".join(lines).encode()
 
     @classmethod
     def from_directory(cls, tokenizer_dir: str | Path | None = None) -> "Tokenizer":
@@ -490,24 +488,22 @@ class Tokenizer:
 
     def encode_document(self, text: str) -> np.ndarray:
         """BOS and the tokens of a text, uint16."""
-        parts = [np.array([self.get_bos_token_id()])]
+        parts = [np.array([self.get_bos_token_id()], np.uint16)]
         for start in range(0, len(text), ENCODE_CHARS):
             part = text[start : start + ENCODE_CHARS]
-            parts.append(self._encoding.encode_to_numpy(part, disallowed_special=()))
-        return np.concatenate(parts).astype(np.uint16)
-
-    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        return [self.encode_document(text) for text in texts]
+            tokens = self._encoding.encode_to_numpy(part, disallowed_special=())
+            parts.append(tokens.astype(np.uint16))
+        return np.concatenate(parts)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._encoding.decode(list(ids))
 
     def token_lengths(self) -> np.ndarray:
-        """Lengths in raw bytes, (V,) int64; special tokens have 0.
+        """Lengths in raw bytes, (V,) int32; special tokens have 0.
 
         Decoding one token would turn half a character into U+FFFD, which counts as three bytes.
         """
-        lengths_V = np.zeros(self.get_vocab_size(), np.int64)
+        lengths_V = np.zeros(self.get_vocab_size(), np.int32)
         for token, rank in self.ranks.items():
             lengths_V[rank] = len(token)
         return lengths_V
@@ -515,8 +511,7 @@ class Tokenizer:
 
 def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
     """Lengths of the prepared tokenizer's tokens in raw bytes, (V,) int32; special ones have 0."""
-    lengths_V = Tokenizer.from_directory().token_lengths()
-    return torch.tensor(lengths_V, dtype=torch.int32, device=device)
+    return torch.from_numpy(Tokenizer.from_directory().token_lengths()).to(device)
 
 
 # --- Rows ---------------------------------------------------------------------
@@ -534,23 +529,24 @@ class Piece(NamedTuple):
 def whole_documents(tokens: np.ndarray, bos: int) -> list[Piece]:
     starts = np.flatnonzero(tokens == bos)
     lengths = np.diff(starts, append=len(tokens))
-    return [Piece(*place) for place in zip(starts.tolist(), lengths.tolist(), strict=True)]
+    documents = zip(starts.tolist(), lengths.tolist(), strict=True)
+    return [Piece(start, length) for start, length in documents]
 
 
-def beginnings(tokens: np.ndarray, bos: int, most: int) -> list[Piece]:
-    """The first `most` tokens of each document."""
-    documents = whole_documents(tokens, bos)
+def beginnings(documents: list[Piece], most: int) -> list[Piece]:
+    """The first `most` tokens of each."""
     return [Piece(start, min(length, most)) for start, length in documents]
 
 
-def rests(tokens: np.ndarray, bos: int, most: int) -> list[Piece]:
+def rests(documents: list[Piece], most: int) -> list[Piece]:
     """What follows the beginnings, in pieces of at most `most` tokens.
 
     Each starts at the last token of the piece before, in whose place a row has BOS.
     """
+    step = most - 1
     pieces = []
-    for start, length in whole_documents(tokens, bos):
-        for offset in range(most - 1, length - 1, most - 1):
+    for start, length in documents:
+        for offset in range(step, length - 1, step):
             pieces.append(Piece(start + offset, min(length - offset, most)))
     return pieces
 
@@ -561,8 +557,8 @@ def pack_rows(
     """Pack pieces into full rows by the reference's rule.
 
     Of a buffer of pieces take the longest that still fits; when none does, cut the shortest to fill
-    the row. Of equals take the first that arrived. What is cut off is lost, or, with `keep_rest`,
-    for training, it keeps its place in the buffer as a piece of its own.
+    the row. Of equals take the first that arrived. What is cut off is lost; with `keep_rest`, for
+    training, it goes back into the buffer, as a piece that arrived when its document did.
     """
     arriving = enumerate(pieces)
     buffer: list[tuple[int, int, int]] = []  # (length, number of arrival, start), sorted
@@ -574,19 +570,16 @@ def pack_rows(
                 insort(buffer, (length, number, start))
             if not buffer:
                 return  # without the last row, which is not full
-            num_fitting = bisect_left(
-                buffer, (room + 1,)
-            )  # a shorter tuple sorts before its equals
-            if num_fitting == 0:
-                place = 0  # cut the shortest
-            else:
+            place = 0  # of the shortest
+            num_fitting = bisect_left(buffer, (room + 1,))  # a short tuple sorts before its equals
+            if num_fitting > 0:
                 longest = buffer[num_fitting - 1][0]
                 place = bisect_left(buffer, (longest,))
             length, number, start = buffer.pop(place)
             taken = min(length, room)
             row.append(Piece(start, taken))
             room -= taken
-            if keep_rest and taken < length:  # from the last token taken on: BOS takes its place
+            if keep_rest and taken < length:  # it begins with the last token taken, to be BOS
                 insort(buffer, (length - taken + 1, number, start + taken - 1))
         yield row
 
@@ -612,14 +605,14 @@ def validation_rows(
 def training_rows(
     files: list[Path], row_tokens: int, bos: int, buffer_size: int, epoch: int
 ) -> Iterator[np.ndarray]:
-    """Rows of one epoch: of the beginnings of all documents, as validation rows are, then of rests.
+    """Rows of one epoch: of the beginnings of all documents, then of what is left of long ones.
 
     The pieces of a file are shuffled, by a seed of epoch and file: the same in every run.
     """
     for cut in (beginnings, rests):
         for n, file in enumerate(files):
             tokens = np.memmap(file, np.uint16, "r")
-            pieces = cut(tokens, bos, row_tokens)
+            pieces = cut(whole_documents(tokens, bos), row_tokens)
             np.random.default_rng((epoch, n)).shuffle(pieces)
             for packed in pack_rows(pieces, row_tokens, buffer_size, keep_rest=True):
                 yield fill_row(packed, tokens, bos)
@@ -643,58 +636,52 @@ class Prepared(NamedTuple):
         """What is scored: (N, T + 1) uint16."""
         return np.fromfile(self.folder / "rows.bin", np.uint16).reshape(-1, MAX_SEQ_LEN + 1)
 
-    def damaged(self) -> list[Path]:
-        """Files that are gone or of another size than they were."""
-        files = [self.folder / name for name in self.sizes]
-        return [file for file in files if size_of(file) != self.sizes[file.name]]
-
 
 def read_manifest(folder: Path) -> Prepared | None:
-    file = folder / "manifest.json"
-    return Prepared(folder, **json.loads(file.read_text())) if file.exists() else None
+    """What is prepared there; None if it is not, or if a file is gone or of another size."""
+    if not (folder / "manifest.json").exists():
+        return None
+    prepared = Prepared(folder, **json.loads((folder / "manifest.json").read_text()))
+    is_whole = all(size_of(folder / name) == size for name, size in prepared.sizes.items())
+    return prepared if is_whole else None
 
 
-def find_documents(folder: Path, num_shards: int | None, workers: int) -> Documents:
+def find_text(folder: Path, num_shards: int | None, workers: int) -> Text:
     """Step 1: download files of the hub, or gather local text."""
     if DATASET in HUB:
-        directory = cache_directory() / "data"
-        repository, train, validation = HUB[DATASET]
+        text = HUB[DATASET]._replace(directory=cache_directory() / "data")
         wanted = num_shards or NUM_SHARDS
-        train = train if wanted == -1 else train[:wanted]
-        download(repository, [shard.file for shard in [validation, *train]], directory, workers)
-        return Documents(directory, train, validation)
+        if wanted != -1:
+            text = text._replace(train=text.train[:wanted])
+        names = [shard.file for shard in [text.validation, *text.train]]
+        download(text.repository, names, text.directory, workers)
+        return text
     directory = folder / "documents"
-    if not directory.exists():
+    validation = directory / "val.jsonl"
+    if not validation.exists():
         say(f"reading the text of {DATASET}")
         gather_local_text(directory)
     train = [Shard(file.name) for file in sorted(directory.glob("[0-9]*.jsonl"))]
-    return Documents(directory, train, Shard("val.jsonl"))
+    return Text(train, Shard(validation.name), directory=directory)
 
 
-def has_changed(folder: Path) -> bool:
-    """Whether a person's own text is another one than was gathered."""
-    listing = folder / "documents" / "files.json"
-    if DATASET in [*HUB, "pysource"] or not listing.exists() or not own_path().exists():
-        return False
-    return json.loads(listing.read_text()) != names_and_sizes(local_files())
-
-
-def learn_vocabulary(documents: Documents) -> Tokenizer:
+def learn_vocabulary(text: Text) -> Tokenizer:
     """Step 2: the merges, from the training split alone."""
     bar = progress_bar(desc="vocabulary", unit=" characters", total=BPE_CHARS)
 
-    def texts() -> Iterator[str]:
+    def beginnings_of_documents() -> Iterator[str]:
         num_chars = 0
-        for text in chain.from_iterable(documents.texts(shard) for shard in documents.train):
-            if num_chars >= BPE_CHARS:
-                return
-            text = text[:BPE_DOCUMENT_CHARS]
-            num_chars += len(text)
-            bar.update(len(text))
-            yield text
+        for shard in text.train:
+            for document in text.documents(shard):
+                if num_chars >= BPE_CHARS:
+                    return
+                document = document[:BPE_DOCUMENT_CHARS]
+                num_chars += len(document)
+                bar.update(len(document))
+                yield document
 
     with bar:
-        tokenizer = Tokenizer.train(texts(), VOCAB_SIZE)
+        tokenizer = Tokenizer.train(beginnings_of_documents(), VOCAB_SIZE)
     if tokenizer.get_vocab_size() < VOCAB_SIZE:
         raise too_little_text(tokenizer.get_vocab_size(), VOCAB_SIZE, "tokens")
     return tokenizer
@@ -702,20 +689,24 @@ def learn_vocabulary(documents: Documents) -> Tokenizer:
 
 def encode_all(texts: Iterable[str], encoders: list[Tokenizer]) -> Iterator[np.ndarray]:
     """Step 3: the tokens of documents, in order. Threads that share an encoder are slower."""
+
+    def encode(encoder: Tokenizer, share: list[str]) -> list[np.ndarray]:
+        return [encoder.encode_document(text) for text in share]
+
     texts = iter(texts)
     with ThreadPoolExecutor(len(encoders)) as pool:
         while True:
-            shares = [list(islice(texts, 500)) for _ in encoders]
+            shares = [list(islice(texts, 500)) for _ in encoders]  # so many documents each
             if not shares[0]:
                 return
-            for share in pool.map(Tokenizer.encode_documents, encoders, shares):
-                yield from share
+            for documents in pool.map(encode, encoders, shares):
+                yield from documents
 
 
 def pack_validation(tokens: Path, bos: int) -> np.ndarray:
     """Step 4: the scored rows (N, T + 1) uint16, up to EVAL_TOKENS."""
-    rows = validation_rows(tokens, MAX_SEQ_LEN + 1, bos)
-    rows = list(islice(rows, EVAL_TOKENS // MAX_SEQ_LEN))
+    every_row = validation_rows(tokens, MAX_SEQ_LEN + 1, bos)
+    rows = list(islice(every_row, EVAL_TOKENS // MAX_SEQ_LEN))
     if len(rows) < LEAST_ROWS:
         raise too_little_text(len(rows), LEAST_ROWS, "rows to validate on")
     return np.stack(rows)
@@ -723,68 +714,61 @@ def pack_validation(tokens: Path, bos: int) -> np.ndarray:
 
 def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
     """Go through the four steps; a next call goes on where this one was stopped."""
-    for unfinished in folder.glob("unfinished-*"):  # the lock is ours: whoever made it was killed
-        shutil.rmtree(unfinished)
     prepared = read_manifest(folder)
-    if prepared is None:
-        if has_changed(folder):
-            shutil.rmtree(folder)  # nothing has been trained on it
-    else:
-        if has_changed(folder):
-            say(f"note: the text has changed; to use it, remove {folder}, run: uv run prepare.py")
-        damaged = prepared.damaged()
-        if not damaged:
-            return prepared
-        for file in damaged:
-            file.unlink(missing_ok=True)
-        if DATASET not in HUB and not (folder / "documents").exists():
-            shutil.rmtree(folder)  # else what is made anew could be of other text than the rest
-    documents = find_documents(folder, num_shards, workers)
+    if prepared is not None:
+        return prepared
+    manifest = folder / "manifest.json"
+    if manifest.exists():  # it was whole once; what else is damaged, nobody knows
+        shutil.rmtree(folder)
+    for unfinished in list(folder.rglob("unfinished-*")):  # by a process that was killed
+        shutil.rmtree(unfinished)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = find_text(folder, num_shards, workers)
     vocabulary = folder / TOKENIZER_FILE
     if not vocabulary.exists():
         say("learning the vocabulary")
-        with written_whole(vocabulary) as unfinished:
-            learn_vocabulary(documents).save(unfinished)
+        tokenizer = learn_vocabulary(text)
+        with written_whole(vocabulary) as file:
+            file.write(tokenizer.to_text())
     encoders = [Tokenizer.from_directory(folder) for _ in range(usable_cores())]
-    shards = [(f"train_{Path(shard.file).stem}.bin", shard) for shard in documents.train]
-    for name, shard in [*shards, ("val.bin", documents.validation)]:
+    shards = [(f"train_{Path(shard.file).stem}.bin", shard) for shard in text.train]
+    for name, shard in [("val.bin", text.validation), *shards]:
         if not (folder / name).exists():
             say(f"encoding {shard.file}")
-            texts = progress_bar(documents.texts(shard), desc=name, unit=" documents")
-            with written_whole(folder / name) as unfinished, open(unfinished, "wb") as file:
-                for tokens in encode_all(texts, encoders):
-                    file.write(tokens)
+            documents = progress_bar(text.documents(shard), desc=name, unit=" documents")
+            with written_whole(folder / name) as file:
+                file.writelines(encode_all(documents, encoders))
     rows = folder / "rows.bin"
     if not rows.exists():
-        with written_whole(rows) as unfinished:
-            pack_validation(folder / "val.bin", encoders[0].get_bos_token_id()).tofile(unfinished)
+        bos = encoders[0].get_bos_token_id()
+        with written_whole(rows) as file:
+            file.write(pack_validation(folder / "val.bin", bos))
     train = [name for name, _ in shards]
     names = [vocabulary.name, *train, "val.bin", rows.name]
-    manifest = {
-        "train": [name for name in train if size_of(folder / name)],
+    content = {
+        "train": [name for name in train if size_of(folder / name) > 0],  # or it cannot be mapped
         "sizes": {name: size_of(folder / name) for name in names},
-        "sha256": {file.name: hash_of(file.read_bytes()) for file in (vocabulary, rows)},
+        "sha256": {file.name: sha256_of(file) for file in (vocabulary, rows)},
     }
-    with written_whole(folder / "manifest.json") as unfinished:
-        unfinished.write_text(json.dumps(manifest, indent=1))
-    return Prepared(folder, **manifest)
+    with written_whole(manifest) as file:
+        file.write(json.dumps(content, indent=1).encode())
+    return Prepared(folder, **content)
 
 
 def prepare(num_shards: int | None = None, workers: int = 8) -> Prepared:
     """Make what is missing for the present constants, of NUM_SHARDS files if no number is given."""
-    if num_shards not in (None, -1) and num_shards < 1:
-        raise HarnessError(f"--num-shards {num_shards} must be at least 1, or -1 for all files")
+    for name, number in (("--num-shards", num_shards), ("NUM_SHARDS", NUM_SHARDS)):
+        if number not in (None, -1) and number < 1:
+            raise HarnessError(f"{name} {number} must be at least 1, or -1 for all files")
     if not (260 <= VOCAB_SIZE <= 65536 and 2 <= MAX_SEQ_LEN <= EVAL_TOKENS // LEAST_ROWS):
         raise HarnessError(
             f"prepare.py: {VOCAB_SIZE = } must be within 260 … 65536 and "
             f"{MAX_SEQ_LEN = } within 2 … {EVAL_TOKENS = } / {LEAST_ROWS}"
         )
-    if NUM_SHARDS < 1 and NUM_SHARDS != -1:
-        raise HarnessError(f"prepare.py: {NUM_SHARDS = } must be at least 1, or -1 for all files")
     started_s = time.perf_counter()
-    folder = prepared_directory(num_shards)
-    say(f"preparing {DATASET} in {folder} (waits while another process prepares data)")
     try:
+        folder = prepared_directory(num_shards)
+        say(f"preparing {DATASET} in {folder} (waits while another process prepares data)")
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(cache_directory() / "lock"):  # it ends with the process
             prepared = make(folder, num_shards, workers)
@@ -796,24 +780,19 @@ def prepare(num_shards: int | None = None, workers: int = 8) -> Prepared:
 
 
 def open_prepared() -> Prepared:
-    """What is prepared for the present constants; prepared first where it is not there yet."""
-    folder = prepared_directory()
-    prepared = read_manifest(folder)
+    """What is prepared for the present constants; prepared first where it is not there, or torn."""
+    prepared = read_manifest(prepared_directory())
     if prepared is None:
-        say(f"{DATASET} is not prepared yet; doing it now")
-        return prepare()
-    damaged = prepared.damaged()
-    if damaged:
-        raise HarnessError(f"{damaged[0]} is missing or cut short; run: uv run prepare.py")
+        say(f"{DATASET} is not prepared yet, or no longer whole; doing it now")
+        prepared = prepare()
     return prepared
 
 
 def benchmark_id(prepared: Prepared) -> str:
     """All that makes two scores comparable: what is trained on, for how long, the scored rows."""
     trained_on = {name: prepared.sizes[name] for name in prepared.train}
-    constants = [FORMAT, VOCAB_SIZE, MAX_SEQ_LEN, TIME_BUDGET]
-    content = [dataset_name(), constants, trained_on, prepared.sha256]
-    digest = hash_of(json.dumps(content, sort_keys=True).encode())
+    content = json.dumps([FORMAT, trained_on, prepared.sha256], sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()
     return f"{dataset_name()}-v{VOCAB_SIZE}-t{MAX_SEQ_LEN}-{TIME_BUDGET}s-{digest[:8]}"
 
 
@@ -828,11 +807,11 @@ def endless_rows(
     """Rows, each with its epoch, from 1 on."""
     files = [prepared.folder / name for name in prepared.train]
     for epoch in count(1):
-        num_rows = 0
         if split == "train":
             rows = training_rows(files, row_tokens, bos, buffer_size, epoch)
         else:
             rows = validation_rows(prepared.folder / "val.bin", row_tokens, bos, buffer_size)
+        num_rows = 0
         for row in rows:
             num_rows += 1
             yield row, epoch
@@ -849,8 +828,7 @@ def make_dataloader(
     """
     if split not in ("train", "val"):
         raise ValueError(f'split "{split}" is neither "train" nor "val"')
-    prepared = open_prepared()
-    rows = endless_rows(prepared, split, T + 1, tokenizer.get_bos_token_id(), buffer_size)
+    rows = endless_rows(open_prepared(), split, T + 1, tokenizer.get_bos_token_id(), buffer_size)
     device = torch.device(device or ("cuda" if _CUDA else "cpu"))
     is_cuda = device.type == "cuda"
 
@@ -869,8 +847,8 @@ def make_dataloader(
             while True:
                 inputs, targets, epoch = ahead.pop(0).result()
                 ahead.append(pool.submit(make_batch))
-                # A copy from pinned memory goes on behind: torch does not use that memory again
-                # before the copy has ended, and no batch is written to again.
+                # A copy from pinned memory is not waited for: torch does not use that memory again
+                # before it has ended, and no batch is written to again.
                 inputs = inputs.to(device, non_blocking=is_cuda)
                 yield inputs, targets.to(device, non_blocking=is_cuda), epoch
 
@@ -878,15 +856,16 @@ def make_dataloader(
 
 
 # --- Evaluation ---------------------------------------------------------------
-# Besides the scored rows probes are scored, shuffled among them, in an order that nobody can
-# foresee. A probe is a scored row put into another batch. Seven of eight have a cut: a secret
-# position from which on all tokens are random. What a model may not do, and how it shows:
+# Probes are scored along with the rows, in a secret order. A probe is a scored row put into another
+# batch. Seven of eight have a cut: a secret position from which on all tokens are random. What a
+# model may not do, and how it shows:
 #
 #   look at later tokens        its loss before a cut is not that of the scored row. One that does
 #                               so at 1.5 % of positions (0.15 % at the GPU scale) is refused half
 #                               of the time, and can gain at most that share of the bits.
-#   do so, and repeat its       it predicts the random tokens behind the cut better than chance,
-#   answers to known rows       which no honest model can. From 0.25 % on all are refused.
+#   look at later tokens, but   it predicts the random tokens behind the cut better than chance,
+#   repeat its answers to       which no honest model can. From 0.25 % on all are refused.
+#   rows that it knows
 #   look at other rows, or at   its loss in another batch is not that of the scored row.
 #   earlier batches
 #   learn from scored rows      its weights or buffers change, or its losses do.
@@ -898,15 +877,15 @@ def make_dataloader(
 # a model that remembers rows and looks ahead only where text goes on as expected, work outside the
 # clock, or a lucky seed.
 
-LOGITS_AT_ONCE = 1 << 26  # more are turned into losses a slice at a time
 BATCHES_PER_PROBE_BATCH = 20  # 5 % more evaluation; two batches at least
 # A probe stands at its row's place in a batch of the same shape: an honest model repeats a loss to
-# the last bit on a CPU, and on CUDA if its kernels add in a fixed order (atomics do not). A cheat
-# that stays below this gains at most 0.0008 bits a byte; two seeds differ by more.
+# the last bit on a CPU, and on CUDA if its kernels add in a fixed order (atomics do not). Below
+# this, a cheat gains at most 0.0008 bits a byte; two seeds differ by more.
 LOSS_TOLERANCE_NATS = 0.002
-# For each stake, a gambler bets this share of its money on every random token, and is paid the
-# model's probability over the true one. Without foresight its money stays at 1 in expectation, so
-# it comes to e^20 with a chance of at most e^-20 (Markov's inequality), four times that for four.
+# A gambler for each stake bets this share of its money on every random token and is paid the
+# model's probability over the true one: its money is multiplied by 1 + stake * (paid - 1). Without
+# foresight it stays at 1 in expectation, so that it comes to e^20 with a chance of at most e^-20
+# (Markov's inequality).
 STAKES = (0.001, 0.01, 0.1, 0.5)
 MOST_WON_NATS = 20.0
 OTHER_LOSS = (
@@ -931,41 +910,47 @@ def token_losses(model, V: int, inputs: torch.Tensor, targets: torch.Tensor) -> 
     logits = model(inputs.clone())  # in memory that holds nothing else
     shape = (*inputs.shape, V)
     if type(logits) is not torch.Tensor or not logits.is_floating_point() or logits.shape != shape:
-        seen = [getattr(logits, name, None) for name in ("__class__", "dtype", "shape")]
+        seen = f"{type(logits)}, {getattr(logits, 'dtype', '')} {getattr(logits, 'shape', '')}"
         raise Refused(f"model(idx) gave {seen}, not floating-point logits (B, T, V) = {shape}")
-    logits = torch.Tensor.detach(logits)  # without methods that the model hung on it
-    logits_slices = logits.flatten(0, 1).split(LOGITS_AT_ONCE // V)
-    targets_slices = targets.flatten().split(LOGITS_AT_ONCE // V)
+    logits = torch.Tensor.detach(logits)  # the class's: a model can hang methods on a tensor
     losses = []
-    for x, y in zip(logits_slices, targets_slices, strict=True):
+    for x, y in zip(logits, targets, strict=True):  # a row at a time, as float32 takes memory
         losses.append(torch.nn.functional.cross_entropy(x.float(), y, reduction="none"))
-    return torch.cat(losses).view_as(targets)
+    return torch.stack(losses)
 
 
-@torch.no_grad()
-def score(model: torch.nn.Module, V: int, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Losses (batches, B, T) in nats, in evaluation mode, of a model that stays as it is."""
+@contextmanager
+def left_as_it_is(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode; a model whose weights or buffers change in it is refused."""
 
     def state() -> dict[str, torch.Tensor]:
         named = [*model.named_parameters(), *model.named_buffers()]
-        return {name: t.flatten().view(torch.uint8).clone() for name, t in named}  # NaN is NaN
+        # As bytes, of which those of NaN are equal, too.
+        return {name: t.detach().flatten().view(torch.uint8).clone() for name, t in named}
 
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    inputs = torch.from_numpy(tokens[..., :-1].astype(np.int64)).to(device)
-    targets = torch.from_numpy(targets.astype(np.int64)).to(device)
     before = state()
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        losses = [token_losses(model, V, x, y) for x, y in zip(inputs, targets, strict=True)]
-    finally:
+        yield
+    finally:  # also when memory ran out
         for module, mode in modes:
             module.training = mode
-    after = state()
-    for name in [*before, *after]:
-        if name not in before or name not in after or not before[name].equal(after[name]):
-            raise Refused(f"the model changed its {name} while it was evaluated")
-    return torch.stack(losses).cpu().numpy()
+        after = state()
+        for name in [*before, *after]:
+            if name not in before or name not in after or not before[name].equal(after[name]):
+                raise Refused(f"the model changed its {name} while it was evaluated")
+
+
+@torch.no_grad()
+def score(model: torch.nn.Module, V: int, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Losses (batches, B, T) in nats of tokens (batches, B, T + 1) before targets."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    inputs = torch.from_numpy(tokens[..., :-1].astype(np.int64)).to(device)
+    targets = torch.from_numpy(targets.astype(np.int64)).to(device)
+    with left_as_it_is(model):
+        losses = [token_losses(model, V, x, y) for x, y in zip(inputs, targets, strict=True)]
+        return torch.stack(losses).cpu().numpy()
 
 
 def refuse_at(bad: np.ndarray, numbers: np.ndarray, what: str) -> None:
@@ -984,19 +969,20 @@ class Probes(NamedTuple):
     is_own_PBT: np.ndarray  # whether the inputs so far, and the target, are the row's own
 
 
-def make_probes(rows: np.ndarray, numbers: np.ndarray, secret: np.random.Generator) -> Probes:
-    """Probes for rows (N, T + 1) that are scored in batches of these numbers (batches, B)."""
-    num_batches, B = numbers.shape
-    T = rows.shape[1] - 1
+def make_probes(scored: np.ndarray, secret: np.random.Generator) -> Probes:
+    """Probes for the scored batches, (batches, B, T + 1)."""
+    num_batches, B, row_tokens = scored.shape
+    T = row_tokens - 1
     P = max(2, num_batches // BATCHES_PER_PROBE_BATCH)
     batches_PB = secret.integers(num_batches, size=(P, B))
+    own = scored[batches_PB, np.arange(B)]
+    drawn = secret.choice(scored[..., 1:].ravel(), own.shape)  # each token as often as in the text
     cuts = secret.integers(1, T, size=P * B)  # the first random token
-    cuts[secret.permutation(P * B)[: -(-P * B // 8)]] = T  # in one of eight no input is random
+    whole_rows = secret.choice(P * B, math.ceil(P * B / 8), replace=False)
+    cuts[whole_rows] = T  # in these no input is random
     cuts_PB1 = cuts.reshape(P, B, 1)
-    own = rows[numbers[batches_PB, np.arange(B)]]
-    drawn = secret.choice(rows[:, 1:].ravel(), own.shape)  # each token as often as in the text
-    # At cut - 1 the target is the row's own, though the next input is random: a model that looks
-    # one token ahead shows there.
+    # At cut - 1 the target is the row's own, though the next input is random, so that a model
+    # that looks one token ahead shows there: there alone, targets are not the next inputs.
     is_own_PBT = np.arange(T) < cuts_PB1
     return Probes(
         batches_PB,
@@ -1009,38 +995,42 @@ def make_probes(rows: np.ndarray, numbers: np.ndarray, secret: np.random.Generat
 def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarray:
     """Losses (N, T) in nats of rows (N, T + 1), if no check refuses the model."""
     secret = np.random.default_rng()  # seeded by the system: no model can foresee it
-    num_batches = math.ceil(len(rows) / batch_size)
+    N = len(rows)
+    num_batches = math.ceil(N / batch_size)
     # The last batch is filled up with the first rows.
-    numbers = np.resize(np.arange(len(rows)), (num_batches, batch_size))
-    probes = make_probes(rows, numbers, secret)
-    tokens = np.concatenate([rows[numbers], probes.tokens])
-    targets = np.concatenate([rows[numbers, 1:], probes.targets_PBT])
+    numbers = np.arange(num_batches * batch_size).reshape(num_batches, batch_size) % N
+    scored = rows[numbers]
+    probes = make_probes(scored, secret)
+    tokens = np.concatenate([scored, probes.tokens])
+    targets = np.concatenate([scored[..., 1:], probes.targets_PBT])
     order = secret.permutation(len(tokens))
     losses = np.empty(targets.shape, np.float32)
     losses[order] = score(model, V, tokens[order], targets[order])
 
-    losses_NT = losses[:num_batches].reshape(-1, rows.shape[1] - 1)[: len(rows)]
-    refuse_at(~np.isfinite(losses_NT), np.arange(len(rows)), "a loss that is not finite")
+    losses_NT = losses[:num_batches].reshape(num_batches * batch_size, -1)[:N]
+    refuse_at(~np.isfinite(losses_NT), np.arange(N), "a loss that is not finite")
     probe_losses_PBT = losses[num_batches:]
-    place_PB = probes.batches_PB, np.arange(batch_size)
-    gaps_PBT = np.abs(probe_losses_PBT - losses[place_PB])
-    other_PBT = probes.is_own_PBT & ~(gaps_PBT <= LOSS_TOLERANCE_NATS)  # or not a number
-    refuse_at(other_PBT, numbers[place_PB], OTHER_LOSS)
-    true_chance_V = np.bincount(rows[:, 1:].ravel(), minlength=V) / rows[:, 1:].size
-    paid = np.exp(-probe_losses_PBT) / true_chance_V[probes.targets_PBT]
+    their_places = (probes.batches_PB, np.arange(batch_size))
+    gaps_PBT = np.abs(probe_losses_PBT - losses[their_places])
+    is_other_PBT = probes.is_own_PBT & ~(gaps_PBT <= LOSS_TOLERANCE_NATS)  # or not a number
+    refuse_at(is_other_PBT, numbers[their_places], OTHER_LOSS)
+    refuse_at(np.isnan(probe_losses_PBT), numbers[their_places], "a loss that is not a number")
+    is_random_PBT = ~probes.is_own_PBT
+    chance_V = np.bincount(scored[..., 1:].ravel(), minlength=V) / scored[..., 1:].size
+    random_targets = probes.targets_PBT[is_random_PBT]
+    paid = np.exp(-probe_losses_PBT[is_random_PBT]) / chance_V[random_targets]
     for stake in STAKES:
-        won_nats = np.log1p(stake * (paid[~probes.is_own_PBT] - 1)).sum()
-        if not won_nats <= MOST_WON_NATS:
+        if np.log1p(stake * (paid - 1)).sum() > MOST_WON_NATS:
             raise Refused("the model foresaw tokens drawn at random: it looks at later tokens")
     return losses_NT
 
 
 def check_model(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> None:
     """Run the checks on a batch of training rows: a model is refused before the clock starts."""
-    loader = make_dataloader(tokenizer, batch_size, MAX_SEQ_LEN, "train", device="cpu")
-    inputs, targets, _ = next(loader)
-    rows = torch.cat([inputs, targets[:, -1:]], dim=1).numpy()
-    checked_losses(model, rows, batch_size, tokenizer.get_vocab_size())
+    bos = tokenizer.get_bos_token_id()
+    rows = endless_rows(open_prepared(), "train", MAX_SEQ_LEN + 1, bos, BUFFER_SIZE)
+    batch = np.stack([row for row, _ in islice(rows, batch_size)])
+    checked_losses(model, batch, batch_size, tokenizer.get_vocab_size())
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
@@ -1068,17 +1058,17 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
     """
     prepared = open_prepared()
     for name, digest in prepared.sha256.items():
-        if hash_of((prepared.folder / name).read_bytes()) != digest:
+        if sha256_of(prepared.folder / name) != digest:
             remedy = f"remove {prepared.folder}, run: uv run prepare.py"
             raise Refused(f"{prepared.folder / name} was altered; {remedy}")
     fresh = Tokenizer.from_directory(prepared.folder)
     if getattr(tokenizer, "ranks", None) != fresh.ranks:
         raise Refused("the tokenizer is not the prepared one; use Tokenizer.from_directory()")
     rows = prepared.rows()
-    losses_NT = None
-    while losses_NT is None:
+    while True:
         try:
             losses_NT = checked_losses(model, rows, batch_size, fresh.get_vocab_size())
+            break
         except (RuntimeError, MemoryError) as failure:
             if batch_size == 1 or not is_out_of_memory(failure):
                 raise
@@ -1108,7 +1098,7 @@ def main() -> None:
         prepared = prepare(num_shards, arguments.download_workers)
     except HarnessError as failure:
         sys.exit(f"error: {failure}")
-    num_tokens = sum(prepared.sizes[name] for name in prepared.train) // 2
+    num_tokens = sum(prepared.sizes[name] for name in prepared.train) // 2  # of two bytes each
     say(f"tokens:    {num_tokens:,} to train on, {len(prepared.rows()):,} rows to validate on")
     say(f"benchmark: {benchmark_id(prepared)}")
     if num_shards not in (None, NUM_SHARDS) and DATASET in HUB:
