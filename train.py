@@ -13,24 +13,24 @@ import gc
 import json
 import math
 import os
-import platform as host
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
+from platform import release
 from typing import NamedTuple
 
 # Importing this file reads no clock; running it counts the imports below.
 STARTED_S = time.perf_counter() if __name__ == "__main__" else None
-IS_WSL = "microsoft" in host.release().lower()
+IS_WSL = "microsoft" in release().lower()
 # torch reads these when it is imported; what a person has set holds.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")  # saves FA3 5 s
-if not IS_WSL:  # there, drivers before R615 fail with it
+if not IS_WSL:  # where drivers before R615 fail with expandable segments
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
@@ -55,7 +55,7 @@ def scale(gpu, small):
 DEPTH = scale(8, 4)  # layers
 ASPECT_RATIO = scale(64, 40)  # width = DEPTH x ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = scale(128, 80)
-N_KV_HEAD = 0  # heads of keys and values, which must divide those of queries; 0: as many
+N_KV_HEAD = 0  # heads of keys and values, a divisor of those of queries; 0: one for each
 WINDOW_PATTERN = "SSSL"  # tiled over the layers: S short, L the whole row; the last is always L
 SHORT_WINDOW = scale(1 / 2, 1 / 4)  # of a row
 ROTARY_BASE = 10_000
@@ -73,8 +73,8 @@ SKIP_START = 0.1  # s: how much of the normalised embedding it adds
 TOTAL_BATCH_SIZE = scale(2**19, 2**12)  # tokens a step
 DEVICE_BATCH_SIZE = 64  # rows at a time, if a step has as many; halved where memory is short
 EVAL_BATCH_SIZE = scale(32, 8)  # rows; their logits exist as a whole
-EMBEDDING_LR = scale(0.6, 0.5)  # this and the next x (width / 768)^-1/2
-UNEMBEDDING_LR = scale(0.004, 0.01)
+EMBEDDING_LR = scale(0.6, 0.5)  # x (width / 768)^-1/2
+UNEMBEDDING_LR = scale(0.004, 0.01)  # x (width / 768)^-1/2
 MATRIX_LR = scale(0.04, 0.015)
 SCALAR_LR = 0.5
 RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR, for r and for whatever has no group of its own
@@ -91,13 +91,13 @@ WARMDOWN_RATIO = scale(0.5, 0.7)
 FINAL_LR_FRAC = 0.0
 SEED = os.environ.get("SEED", "42")  # a second one tells a gain from luck
 
-ATTENTION = ""  # "": by rule, and compared with written_out; one of BACKENDS: taken as it is
+ATTENTION = ""  # "" chooses by machine and compares with written_out; a name is taken unchecked
 QUERY_BLOCK = 128  # queries at a time, where attention is written out
 TRIAL_PROGRESS = (0.0, 0.5, 1.0)  # a trial step at each, before the clock, on weights thrown away
 MAX_LOSS = 100.0  # a run beyond it is ended
 LOG_LINES = 25
 DIAGNOSED_AT = (0.25, 0.5, 0.75, 0.98)  # of the time budget
-HUNG_AFTER_S = TIME_BUDGET + 300  # ends warm-up, training or evaluation that takes so long
+HUNG_AFTER_S = TIME_BUDGET + 300  # ends warm-up, training or an evaluation that takes so long
 
 # --- Model ---------------------------------------------------------------------
 
@@ -118,10 +118,12 @@ class GPTConfig:
 
     def windows(self) -> list[int]:
         """For each layer, how many tokens before itself a token sees."""
-        sizes = {"L": self.sequence_len, "S": max(1, int(self.sequence_len * self.short_window))}
+        short = max(1, int(self.sequence_len * self.short_window))
+        sizes = {"S": short, "L": self.sequence_len}
         pattern = self.window_pattern
-        letters = [pattern[layer % len(pattern)] for layer in range(self.n_layer - 1)]
-        return [sizes[letter] for letter in [*letters, "L"]]
+        windows = [sizes[pattern[layer % len(pattern)]] for layer in range(self.n_layer)]
+        windows[-1] = self.sequence_len
+        return windows
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -137,7 +139,7 @@ def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 class Linear(nn.Linear):
     """A matrix without bias, in float32, that is multiplied in the type of its input.
 
-    A `std` of 0 is for one matrix of a branch, by custom its last: of two, neither would learn.
+    Start at most one matrix of a chain of products at 0: of two, each has a gradient of 0.
     """
 
     def __init__(self, inputs: int, outputs: int, std: float):
@@ -156,7 +158,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.attend = attend
         self.window = config.windows()[layer]
-        self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]  # of q, k, v
+        self.head_counts = [config.n_head, config.n_kv_head, config.n_kv_head]  # of q, k, v
         C = config.n_embd
         kv_width = C // config.n_head * config.n_kv_head
         std = MATRIX_STD * C**-0.5
@@ -165,17 +167,19 @@ class CausalSelfAttention(nn.Module):
         self.c_v = Linear(C, kv_width, std)
         self.c_proj = Linear(C, C, std=0.0)
         self.value_embedding = None
-        if (config.n_layer - 1 - layer) % config.value_embedding_every == 0:
+        layers_above = config.n_layer - 1 - layer
+        if layers_above % config.value_embedding_every == 0:
             self.value_embedding = nn.Embedding(config.vocab_size, kv_width)
-            nn.init.uniform_(self.value_embedding.weight, -(3**0.5) * std, 3**0.5 * std)
-            self.gate = Linear(min(GATE_CHANNELS, C), config.n_kv_head, std=0.0)
+            bound = 3**0.5 * std  # as in Linear
+            nn.init.uniform_(self.value_embedding.weight, -bound, bound)
+            self.gate = Linear(min(GATE_CHANNELS, C), config.n_kv_head, std=0.0)  # starts at 1
 
     def forward(self, x, idx, cos, sin):
         B, T, C = x.shape
-        # One product of three matrices, which Muon orthogonalizes each for itself.
+        # Three weights, so that Muon orthogonalizes each; one product, which is faster.
         weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])
-        qkv = F.linear(x, weight.to(x.dtype)).view(B, T, sum(self.heads), -1)
-        q, k, v = qkv.split(self.heads, dim=2)  # each (B, T, H, D)
+        qkv = F.linear(x, weight.to(x.dtype)).view(B, T, sum(self.head_counts), -1)
+        q, k, v = qkv.split(self.head_counts, dim=2)  # each (B, T, H, D)
         if self.value_embedding is not None:
             gate_BTH = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
             v = v + gate_BTH.unsqueeze(-1) * self.value_embedding(idx).to(x.dtype).view_as(v)
@@ -203,8 +207,8 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int, attend: Callable):
         super().__init__()
-        self.residual_scale = nn.Parameter(torch.tensor(RESIDUAL_START))  # r
-        self.skip_scale = nn.Parameter(torch.tensor(SKIP_START))  # s
+        self.residual_scale = nn.Parameter(torch.tensor(float(RESIDUAL_START)))  # r
+        self.skip_scale = nn.Parameter(torch.tensor(float(SKIP_START)))  # s
         self.attn = CausalSelfAttention(config, layer, attend)
         self.mlp = MLP(config)
 
@@ -227,7 +231,7 @@ class Head(Linear):
         logits = LOGIT_SOFT_CAP * (2 * torch.sigmoid(2 / LOGIT_SOFT_CAP * z) - 1)
         if targets is None:
             return logits
-        # Compiled, this never holds the logits in float32.
+        # Compiled, the cap is part of the loss: the logits in float32 are never in memory.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
         return loss.view_as(targets) if reduction == "none" else loss
 
@@ -257,12 +261,14 @@ class GPT(nn.Module):
 
         What cannot be traced whole is an error. A deep copy of the model is not compiled.
         """
-        # Kinds: with or without value embedding, each window, with and without gradients.
+        # One compilation each: with or without value embedding, each window, with and without
+        # gradients.
         torch._dynamo.config.recompile_limit = 64
         if self.wte.weight.is_cuda:
-            return super().compile(dynamic=False, fullgraph=True)
-        for part in [*self.blocks, self.lm_head]:
-            part.compile(dynamic=False, fullgraph=True)
+            super().compile(dynamic=False, fullgraph=True)
+        else:
+            for part in [*self.blocks, self.lm_head]:
+                part.compile(dynamic=False, fullgraph=True)
 
     def forward(self, idx, targets=None, reduction="mean"):
         cos = self.cos[: idx.size(1)]
@@ -274,7 +280,7 @@ class GPT(nn.Module):
         return self.lm_head(x, targets, reduction)
 
     def tables(self) -> list[nn.Parameter]:
-        """The weights that are looked up alone: one that is tied to the head is multiplied, too."""
+        """Weights that are only looked up, not multiplied too, as one tied to the head is."""
         multiplied = {module.weight for module in self.modules() if isinstance(module, nn.Linear)}
         tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
         return [table for table in tables if table not in multiplied]
@@ -299,7 +305,7 @@ POLAR_EXPRESS = (
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Polar Express: bring the singular values of (count, rows, columns) near 1."""
+    """Polar Express: bring the singular values of (count, height, width) near 1."""
     norms = matrices.float().norm(dim=(-2, -1), keepdim=True)
     x = (matrices / (1.02 * norms + 1e-6)).to(matrices.dtype)
     tall = x.size(-2) > x.size(-1)
@@ -313,12 +319,16 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Keller Jordan, 2024). Matrices of one shape are a stack; the first keeps its state."""
+    """Muon (Keller Jordan, 2024) of matrices.
+
+    All of one shape are updated as one stack, whose state is kept under the first of them.
+    """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype):
         self.dtype = dtype  # of products
         defaults = dict(momentum_from_to=MUON_MOMENTUM, momentum=MUON_MOMENTUM[0])
-        super().__init__(groups, defaults | dict(weight_decay=WEIGHT_DECAY, beta2=MUON_BETA2))
+        defaults |= dict(weight_decay=WEIGHT_DECAY, beta2=MUON_BETA2)
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -329,32 +339,33 @@ class Muon(torch.optim.Optimizer):
     def update(self, params: list[nn.Parameter], group: dict) -> None:
         weight = torch.stack(params)
         grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-        rows, columns = weight.shape[-2:]
-        # NorMuon (arXiv 2510.05491) evens out the rows of a tall matrix, else the columns.
-        averaged_dim = -1 if rows >= columns else -2
+        height, width = weight.shape[-2:]
         state = self.state[params[0]]
         if not state:
             state["average"] = torch.zeros_like(grad)
-            state["squares"] = torch.zeros_like(grad.mean(dim=averaged_dim, keepdim=True))
         state["average"].lerp_(grad, 1 - group["momentum"])
-        update = grad.lerp(state["average"], group["momentum"])  # Nesterov
-        update = orthogonalize(update.to(self.dtype)).float()
-        # Even out; the matrix keeps its norm.
+        nesterov = grad.lerp(state["average"], group["momentum"])
+        update = orthogonalize(nesterov.to(self.dtype)).float()
+        # NorMuon (arXiv 2510.05491): each row of a tall matrix, else each column, is divided by
+        # the root of its mean square, as it was of late; the matrix keeps its norm.
+        averaged_dim = -1 if height >= width else -2
         squares = update.square().mean(dim=averaged_dim, keepdim=True)
+        if "squares" not in state:
+            state["squares"] = torch.zeros_like(squares)
         state["squares"].lerp_(squares, 1 - group["beta2"])
         evened = update * state["squares"].clamp_min(1e-10).rsqrt()
         norms = update.norm(dim=(-2, -1), keepdim=True)
         update = evened * norms / evened.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10)
         # Cautious decay (arXiv 2510.12402): only where update and weight have the same sign.
         update += group["weight_decay"] * torch.where(update * weight > 0, weight, 0)
-        lr = group["lr"] * max(1, rows / columns) ** 0.5
+        lr = group["lr"] * max(1, height / width) ** 0.5
         torch._foreach_add_(params, list(update), alpha=-lr)
 
 
 def parameter_groups(model: GPT) -> list[dict]:
     """What is moved how. A parameter belongs to the first group that names it.
 
-    Scalars, gains and biases that none names belong to the last group.
+    Scalars, gains and biases that no group names, as r, are added to the last one.
     """
     width_scale = (model.config.n_embd / 768) ** -0.5
     heads = [module.weight for module in model.modules() if isinstance(module, Head)]
@@ -365,31 +376,36 @@ def parameter_groups(model: GPT) -> list[dict]:
         dict(name="tables", kind="adamw", params=model.tables(), lr=EMBEDDING_LR * width_scale),
         dict(name="skips", kind="adamw", params=skips, lr=SCALAR_LR, betas=SKIP_BETAS),
         dict(name="matrices", kind="muon", params=matrices, lr=MATRIX_LR),
-        # make_optimizers adds what has fewer than 2 dimensions and no group, as r.
         dict(name="scalars", kind="adamw", params=[], lr=SCALAR_LR * RESIDUAL_LR_SCALE),
     ]
+
+
+def groups_of(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     """One for each kind of group. Raises HarnessError for a matrix that no group names."""
     groups = parameter_groups(model)
-    group_of = {}
+    named = set()
     for group in groups:
-        for p in group["params"]:
-            group_of.setdefault(p, group)
+        group["params"] = [p for p in dict.fromkeys(group["params"]) if p not in named]
+        named.update(group["params"])
+    last_group = groups[-1]
     for name, p in model.named_parameters():
-        if p not in group_of and p.ndim >= 2:
+        if p in named:
+            continue
+        if p.ndim >= 2:
             raise HarnessError(f"{name} {tuple(p.shape)} is in no group of parameter_groups")
-        group_of.setdefault(p, groups[-1])
+        last_group["params"].append(p)
     by_kind = {"adamw": [], "muon": []}
     for group in groups:
-        group["params"] = [p for p in group_of if group_of[p] is group]
         if group["params"]:
             by_kind[group["kind"]].append(group)
     optimizers = []
     if by_kind["adamw"]:
-        rates = dict(lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=ADAM_WEIGHT_DECAY)
-        optimizers.append(torch.optim.AdamW(by_kind["adamw"], **rates, fused=True))
+        defaults = dict(lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=ADAM_WEIGHT_DECAY)
+        optimizers.append(torch.optim.AdamW(by_kind["adamw"], **defaults, fused=True))
     if by_kind["muon"]:
         optimizers.append(Muon(by_kind["muon"], model.dtype))
     for group in groups_of(optimizers):
@@ -398,15 +414,11 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
-def groups_of(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
-
-
 # --- Schedules -----------------------------------------------------------------
 
 
 def lr_scale(progress: float) -> float:
-    """Linear warm-up, constant, linear warm-down; of progress, the used share of the budget."""
+    """The factor on every rate at `progress`, the used share of the budget: up, 1, down."""
     if progress < WARMUP_RATIO:
         return progress / WARMUP_RATIO
     if progress <= 1 - WARMDOWN_RATIO:
@@ -415,7 +427,7 @@ def lr_scale(progress: float) -> float:
 
 
 def apply_schedules(optimizers: list, progress: float, step: int) -> None:
-    """Set each group's rate; and Muon's weight decay, which falls to 0, and momentum."""
+    """Set every group's rate, and of Muon's groups the momentum and the decay, which falls to 0."""
     progress = min(max(progress, 0.0), 1.0)
     for group in groups_of(optimizers):
         group["lr"] = group["initial_lr"] * lr_scale(progress)
@@ -437,11 +449,18 @@ class Step(NamedTuple):
     end: float | torch.cuda.Event
 
     def wait(self) -> float:
-        """Wait for the step's end, and say when that was."""
+        """Wait for the step's end; gives when that was, on CUDA when the host saw it."""
         if isinstance(self.end, float):
             return self.end
         self.end.synchronize()
         return time.perf_counter()
+
+
+class Mark(NamedTuple):
+    """Here a part of a step ends, which began at the mark before."""
+
+    part: str
+    when: float | torch.cuda.Event
 
 
 class GroupFigures(NamedTuple):
@@ -451,117 +470,9 @@ class GroupFigures(NamedTuple):
     relative_update: torch.Tensor  # the update's norm over that of the weights
 
 
-class Run:
-    """Model, optimizers and data of one experiment: warm-up tries them, training starts afresh."""
-
-    def __init__(self, platform: "Platform"):
-        if not str(SEED).isdecimal():
-            raise HarnessError(f"SEED={SEED} is not a whole number; set one, or leave it out")
-        self.rows = min(DEVICE_BATCH_SIZE, max(1, TOTAL_BATCH_SIZE // MAX_SEQ_LEN))
-        if TOTAL_BATCH_SIZE % (self.rows * MAX_SEQ_LEN) != 0:
-            raise HarnessError(
-                f"TOTAL_BATCH_SIZE = {TOTAL_BATCH_SIZE} is not a multiple of DEVICE_BATCH_SIZE x "
-                f"MAX_SEQ_LEN = {self.rows} x {MAX_SEQ_LEN}; change one of the first two"
-            )
-        self.eval_rows = EVAL_BATCH_SIZE
-        self.platform = platform
-        self.benchmark = prepare.benchmark_id(prepare.open_prepared())
-        self.tokenizer = prepare.Tokenizer.from_directory()
-        n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
-        self.config = GPTConfig(
-            sequence_len=MAX_SEQ_LEN,
-            vocab_size=self.tokenizer.get_vocab_size(),
-            n_layer=DEPTH,
-            n_head=n_head,
-            n_kv_head=N_KV_HEAD if N_KV_HEAD > 0 else n_head,
-            n_embd=n_head * HEAD_DIM,
-            window_pattern=WINDOW_PATTERN,
-            short_window=SHORT_WINDOW,
-            value_embedding_every=VALUE_EMBEDDING_EVERY,
-        )
-        check_attention(platform, self.config)
-        torch.manual_seed(int(SEED))
-        self.model = GPT(self.config, BACKENDS[platform.attention], platform.dtype)
-        self.model.to(platform.device)
-        self.fresh = {name: tensor.detach().clone() for name, tensor in self.named_state()}
-        if platform.compiles:
-            self.model.compile()
-
-    def named_state(self) -> list[tuple[str, torch.Tensor]]:
-        return [*self.model.named_parameters(), *self.model.named_buffers()]
-
-    def start_afresh(self) -> None:
-        """Weights, buffers, optimizers, random state and data as if nothing had happened yet."""
-        torch.manual_seed(int(SEED))
-        for name, tensor in self.named_state():
-            tensor.data.copy_(self.fresh[name])
-        self.model.zero_grad(set_to_none=True)
-        self.optimizers = make_optimizers(self.model)
-        self.marks = []  # (part of a step that ended, when)
-        self.figures = []  # for each of DIAGNOSED_AT that was reached: how the groups were moved
-        batches = prepare.make_dataloader(
-            self.tokenizer, self.rows, MAX_SEQ_LEN, "train", device=self.platform.device
-        )
-        first_batch = next(batches)  # opening the text takes a while: before the clock starts
-        self.batches = chain([first_batch], batches)
-
-    def mark(self, part: str) -> float | torch.cuda.Event:
-        """Say that this part of a step, begun at the mark before, ends here. Waits for nothing."""
-        when = time.perf_counter()
-        if self.platform.is_cuda:
-            when = torch.cuda.Event(enable_timing=True)
-            when.record()
-        self.marks.append((part, when))
-        return when
-
-    def take_step(self, progress: float, step: int) -> Step:
-        """Update the weights once. Nothing in here waits for a GPU."""
-        micro_batches = TOTAL_BATCH_SIZE // (self.rows * MAX_SEQ_LEN)
-        total_loss = torch.zeros((), device=self.platform.device)
-        tokens = 0
-        self.mark("rest")
-        for _ in range(micro_batches):
-            inputs, targets, epoch = next(self.batches)
-            self.mark("data")
-            loss = self.model(inputs, targets) / micro_batches
-            loss.backward()
-            total_loss += loss.detach()
-            tokens += inputs.numel()
-            self.mark("forward and backward")
-        apply_schedules(self.optimizers, progress, step)
-        stage = len(self.figures)
-        if stage < len(DIAGNOSED_AT) and progress >= DIAGNOSED_AT[stage]:
-            self.figures.append(step_and_measure(self.optimizers))
-        else:
-            for optimizer in self.optimizers:
-                optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-        loss_on_host = total_loss.to("cpu", non_blocking=self.platform.is_cuda)  # and pinned there
-        end = self.mark("optimizer")  # behind the copy: whoever waits for it may read the loss
-        return Step(loss_on_host, tokens, epoch, end)
-
-    def try_training(self, rows: int) -> None:
-        """Compile what training needs, at every stage of the schedules."""
-        self.rows = rows
-        self.start_afresh()
-        for number, progress in enumerate(TRIAL_PROGRESS):
-            started_s = time.perf_counter()
-            step = self.take_step(progress, number)
-            self.step_s = step.wait() - started_s
-            check_finite(step.loss.item(), number)
-
-    def try_evaluation(self, rows: int) -> None:
-        """Compile what the evaluation needs; a model that it would refuse is refused now."""
-        prepare.check_model(self.model, self.tokenizer, rows)  # compiles
-        started_s = time.perf_counter()
-        prepare.check_model(self.model, self.tokenizer, rows)
-        batch_s = time.perf_counter() - started_s
-        self.evaluation_s = batch_s * math.ceil(prepare.EVAL_TOKENS / (rows * MAX_SEQ_LEN))
-
-
-def check_finite(loss: float, step: int) -> None:
+def check_finite(loss: float, step: str) -> None:
     if not math.isfinite(loss) or loss > MAX_LOSS:
-        raise HarnessError(f"loss {loss:.4g} at step {step}")
+        raise HarnessError(f"loss {loss:.4g} at {step}")
 
 
 def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, GroupFigures]:
@@ -579,30 +490,146 @@ def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, Group
     return figures
 
 
-def warm_up(run: Run) -> None:
-    """Compile, and find how many rows fit, on weights that are thrown away."""
-    run.rows = halve_until_it_fits(run.try_training, run.rows, "DEVICE_BATCH_SIZE")
-    run.eval_rows = halve_until_it_fits(run.try_evaluation, run.eval_rows, "EVAL_BATCH_SIZE")
-    run.start_afresh()
+class Run:
+    """Model, optimizers and data of one experiment: warm-up tries them, training starts afresh."""
+
+    optimizers: list[torch.optim.Optimizer]  # these four are made by start_afresh
+    batches: Iterator  # of inputs (B, T), targets (B, T) and the epoch
+    marks: list[Mark]
+    figures: list[dict[str, GroupFigures]]  # for each of DIAGNOSED_AT that was reached
+    step_s: float  # how long the last trial step took
+
+    def __init__(self, platform: "Platform"):
+        if not str(SEED).isdecimal():
+            raise HarnessError(f"SEED={SEED} is not a whole number; set one, or leave it out")
+        rows_of_a_step = max(1, TOTAL_BATCH_SIZE // MAX_SEQ_LEN)
+        self.rows = min(DEVICE_BATCH_SIZE, rows_of_a_step)
+        if TOTAL_BATCH_SIZE % (self.rows * MAX_SEQ_LEN) != 0:
+            raise HarnessError(
+                f"TOTAL_BATCH_SIZE = {TOTAL_BATCH_SIZE} is not a multiple of rows x MAX_SEQ_LEN = "
+                f"{self.rows} x {MAX_SEQ_LEN}; change it, or DEVICE_BATCH_SIZE"
+            )
+        self.eval_rows = EVAL_BATCH_SIZE
+        self.platform = platform
+        self.benchmark = prepare.benchmark_id(prepare.open_prepared())
+        self.tokenizer = prepare.Tokenizer.from_directory()
+        n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
+        n_kv_head = N_KV_HEAD if N_KV_HEAD > 0 else n_head
+        if n_head % n_kv_head != 0:
+            raise HarnessError(f"{N_KV_HEAD = } does not divide {n_head} heads of queries")
+        self.config = GPTConfig(
+            sequence_len=MAX_SEQ_LEN,
+            vocab_size=self.tokenizer.get_vocab_size(),
+            n_layer=DEPTH,
+            n_head=n_head,
+            n_kv_head=n_kv_head,
+            n_embd=n_head * HEAD_DIM,
+            window_pattern=WINDOW_PATTERN,
+            short_window=SHORT_WINDOW,
+            value_embedding_every=VALUE_EMBEDDING_EVERY,
+        )
+        check_attention(platform, self.config)
+        torch.manual_seed(int(SEED))
+        self.model = GPT(self.config, BACKENDS[platform.attention], platform.dtype)
+        self.fresh = {name: tensor.detach().clone() for name, tensor in self.named_state()}
+        self.model.to(platform.device)
+        if platform.compiles:
+            self.model.compile()
+
+    def named_state(self) -> list[tuple[str, torch.Tensor]]:
+        return [*self.model.named_parameters(), *self.model.named_buffers()]
+
+    def start_afresh(self) -> None:
+        """Weights, buffers, optimizers, random state and data as if nothing had happened yet."""
+        torch.manual_seed(int(SEED))
+        for name, tensor in self.named_state():
+            tensor.data.copy_(self.fresh[name])
+        self.model.zero_grad(set_to_none=True)
+        self.optimizers = make_optimizers(self.model)
+        self.marks = []
+        self.figures = []
+        batches = prepare.make_dataloader(
+            self.tokenizer, self.rows, MAX_SEQ_LEN, "train", device=self.platform.device
+        )
+        first_batch = next(batches)  # opening the text takes a while: before the clock starts
+        self.batches = chain([first_batch], batches)
+
+    def mark(self, part: str) -> float | torch.cuda.Event:
+        """Say that a part of a step ends here. Waits for nothing."""
+        if self.platform.is_cuda:
+            when = torch.cuda.Event(enable_timing=True)
+            when.record()
+        else:
+            when = time.perf_counter()
+        self.marks.append(Mark(part, when))
+        return when
+
+    def take_step(self, progress: float, step: int) -> Step:
+        """Update the weights once. Nothing in here waits for a GPU."""
+        micro_batches = TOTAL_BATCH_SIZE // (self.rows * MAX_SEQ_LEN)
+        total_loss = torch.zeros((), device=self.platform.device)
+        tokens = 0
+        self.mark("rest")  # what lies between two steps
+        for _ in range(micro_batches):
+            inputs, targets, epoch = next(self.batches)
+            self.mark("data")
+            loss = self.model(inputs, targets) / micro_batches
+            loss.backward()
+            total_loss += loss.detach()
+            tokens += inputs.numel()
+            self.mark("forward and backward")
+        apply_schedules(self.optimizers, progress, step)
+        measured = len(self.figures)
+        if measured < len(DIAGNOSED_AT) and progress >= DIAGNOSED_AT[measured]:
+            self.figures.append(step_and_measure(self.optimizers))
+        else:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        # torch pins this copy's memory, so that nothing waits here.
+        loss_on_host = total_loss.to("cpu", non_blocking=self.platform.is_cuda)
+        end = self.mark("optimizer")  # behind the copy: whoever waits for it may read the loss
+        return Step(loss_on_host, tokens, epoch, end)
+
+    def try_training(self, rows: int) -> None:
+        """Compile what training needs, also what a schedule switches on later."""
+        self.rows = rows
+        self.start_afresh()
+        for number, progress in enumerate(TRIAL_PROGRESS):
+            started_s = time.perf_counter()
+            step = self.take_step(progress, number)
+            self.step_s = step.wait() - started_s
+            check_finite(step.loss.item(), f"trial step {number}")
+
+    def try_evaluation(self, rows: int) -> None:
+        """Compile what the evaluation needs; a model that it would refuse is refused now."""
+        self.eval_rows = rows
+        prepare.check_model(self.model, self.tokenizer, rows)
 
 
-def halve_until_it_fits(attempt: Callable[[int], None], rows: int, name: str) -> int:
+def halve_until_it_fits(attempt: Callable[[int], None], rows: int, name: str) -> None:
     """Call attempt(rows), with fewer rows where memory is short; any other failure is raised."""
     while True:
         try:
-            attempt(rows)
-            return rows
+            return attempt(rows)
         except Exception as failure:
             is_dead = isinstance(failure, torch.AcceleratorError)  # the device can do no more
             if is_dead or rows == 1 or not prepare.is_out_of_memory(failure):
                 raise
-            traceback.clear_frames(failure.__traceback__)  # they hold tensors
-        rows = rows // 2 if rows % 2 == 0 else 1  # so that a step has as many tokens as before
+            traceback.clear_frames(failure.__traceback__)  # which hold what did not fit
+        rows = rows // 2 if rows % 2 == 0 else 1  # a divisor still of the rows of a step
         say(f"out of memory: going on with {name} = {rows}")
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+
+
+def warm_up(run: Run) -> None:
+    """Compile, and find how many rows fit, on weights that are thrown away."""
+    halve_until_it_fits(run.try_training, run.rows, "DEVICE_BATCH_SIZE")
+    halve_until_it_fits(run.try_evaluation, run.eval_rows, "EVAL_BATCH_SIZE")
+    run.start_afresh()
 
 
 class Trained:
@@ -614,30 +641,32 @@ class Trained:
         self.num_lines = 0
         self.loss = 0.0  # a running mean
         self.tokens = 0
+        self.epoch = 1
         self.steps_s = []  # how long each took
         self.ended_s = 0.0  # when the last of them ended, on the clock
         self.started_s = time.perf_counter()  # here the clock starts
 
     def add(self, step: Step) -> None:
         """Wait for a step's end, look at its loss, and say now and then how it goes."""
-        ended_s = step.wait() - self.started_s
-        self.steps_s.append(ended_s - self.ended_s)
-        self.ended_s = ended_s
+        began_s = self.ended_s
+        self.ended_s = step.wait() - self.started_s
+        self.steps_s.append(self.ended_s - began_s)
         self.tokens += step.tokens
         self.epoch = step.epoch
         number = len(self.steps_s)
         loss = step.loss.item()
-        check_finite(loss, number)
+        check_finite(loss, f"step {number}")
         self.loss = loss if number == 1 else 0.95 * self.loss + 0.05 * loss
-        progress = min(1.0, ended_s / TIME_BUDGET)
-        rate = self.tokens / ended_s
+        progress = min(1.0, self.ended_s / TIME_BUDGET)
+        rate = self.tokens / self.ended_s
         self.bar.set_postfix_str(f"loss {self.loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
         self.bar.update(progress * TIME_BUDGET - self.bar.n)
         if progress * LOG_LINES >= self.num_lines:
             self.num_lines += 1
             say(
                 f"step {number:5d} · {progress:4.0%} · loss {self.loss:.4f} · "
-                f"lr x{lr_scale(progress):.2f} · {rate:,.0f} tokens/s · epoch {self.epoch}"
+                f"lr x{lr_scale(began_s / TIME_BUDGET):.2f} · {rate:,.0f} tokens/s · "
+                f"epoch {self.epoch}"
             )
 
 
@@ -652,9 +681,10 @@ def train(run: Run) -> Trained:
     while True:
         begins_s = time.perf_counter() - trained.started_s
         if in_flight is not None and run.platform.is_cuda:
-            # The GPU begins the new step when the one in flight ends, about a usual step from when
-            # that one began, which is when the step before it ended.
-            usual_s = statistics.median(trained.steps_s[-9:] or [run.step_s])
+            # The new step begins when the one in flight ends, a usual step after its beginning,
+            # which was when the last one that was read ended.
+            recent_s = trained.steps_s[-9:]
+            usual_s = statistics.median(recent_s) if recent_s else run.step_s
             begins_s = max(begins_s, trained.ended_s + usual_s)
         if begins_s >= TIME_BUDGET:
             break
@@ -669,8 +699,8 @@ def train(run: Run) -> Trained:
 
 
 # --- Attention backends --------------------------------------------------------
-# Functions of q (B, T, H, D), k and v (the same, or with fewer heads, each for some of q's) in
-# which a token sees itself and the `window` tokens before it: window + 1 keys.
+# Functions of q, k and v, (B, T, H, D) each, in which a token sees itself and the `window` tokens
+# before it: window + 1 keys. k and v may have fewer heads, each of which serves a group of q's.
 
 
 def window_mask(T: int, window: int, device: torch.device) -> torch.Tensor:
@@ -692,7 +722,8 @@ def written_out(q, k, v, window):
     """Matrix product, softmax, matrix product: the reference of all others, fast on short rows."""
     T = q.size(1)
     hidden = ~window_mask(T, window, q.device)
-    q, k, v = heads_first(q * q.size(-1) ** -0.5, k, v)
+    q, k, v = heads_first(q, k, v)
+    q = q * q.size(-1) ** -0.5
     parts = []
     for start in range(0, T, QUERY_BLOCK):
         queries = slice(start, min(T, start + QUERY_BLOCK))
@@ -718,7 +749,8 @@ def torch_varlen(q, k, v, window):
 
     B, T, H, D = q.shape
     starts = torch.arange(0, B * T + 1, T, device=q.device, dtype=torch.int32)
-    options = dict(window_size=(window if window < T - 1 else -1, 0))  # -1: all, by a faster kernel
+    tokens_before = window if window < T - 1 else -1  # -1: all, by a faster kernel
+    options = dict(window_size=(tokens_before, 0))
     if k.size(2) < H:
         options["enable_gqa"] = True  # torch 2.12 and later
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
@@ -738,49 +770,60 @@ BACKENDS = {f.__name__: f for f in (flash_attn_3, torch_varlen, torch_sdpa, writ
 
 
 def load_flash_attn_3() -> bool:
-    """Load it from the disk, if it is there. The first run alone asks the network for it."""
+    """Load Flash Attention 3 from the disk, if it is there; only the first run looks for it."""
     global flash_attn_3_kernel
     import kernels
 
     versions = f"torch-{torch.__version__}-cuda-{torch.version.cuda}"
     note = prepare.cache_directory() / f"flash-attn-3-{versions}.json"
-    outcome = json.loads(note.read_text()) if note.exists() else {"folder": "nowhere yet"}
-    if "folder" in outcome and not Path(outcome["folder"]).exists():
+    outcome = json.loads(note.read_text()) if note.exists() else {}
+    is_gone = "folder" in outcome and not Path(outcome["folder"]).exists()
+    if not outcome or is_gone:
         say("fetching Flash Attention 3, this once")
         try:
             build = kernels.install_kernel("kernels-community/flash-attn3", version=1)
             outcome = {"folder": str(build.parents[1])}  # as get_local_kernel wants it
         except Exception as failure:  # of the network, or there is no build for these versions
             outcome = {"failure": f"{type(failure).__name__}: {failure}"[:300]}
-        with prepare.written_whole(note) as unfinished:
-            unfinished.write_text(json.dumps(outcome))
+        with prepare.written_whole(note) as file:
+            file.write(json.dumps(outcome).encode())
     if "failure" in outcome:
         say(f"no Flash Attention 3: {outcome['failure']}; to try again, remove {note}")
         return False
-    flash_attn_3_kernel = kernels.get_local_kernel(Path(outcome["folder"]))
+    try:
+        flash_attn_3_kernel = kernels.get_local_kernel(Path(outcome["folder"]))
+    except Exception as failure:
+        why = f"Flash Attention 3 does not load: {type(failure).__name__}: {failure}"
+        raise HarnessError(f"{why}; remove {outcome['folder']}, or set ATTENTION") from failure
     return True
 
 
 def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
     """The backend that ATTENTION names; else by device, versions, and what lies on the disk."""
-    if ATTENTION and ATTENTION not in BACKENDS:
-        raise HarnessError(f'ATTENTION = "{ATTENTION}" in train.py; there are {[*BACKENDS]}')
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    # Older chips are slower by it, newer ones have been seen to end the whole process.
-    runs_flash_attn_3 = is_nvidia and torch.cuda.get_device_capability() == (9, 0)
-    if ATTENTION == "flash_attn_3" and not load_flash_attn_3():
-        raise HarnessError('ATTENTION = "flash_attn_3" in train.py, but it is not here; see above')
     if ATTENTION:
-        return ATTENTION  # what cannot run is found when it is checked
-    if runs_flash_attn_3 and load_flash_attn_3():
-        return "flash_attn_3"
+        if ATTENTION not in BACKENDS:
+            raise HarnessError(f'ATTENTION = "{ATTENTION}" in train.py; there are {[*BACKENDS]}')
+        if ATTENTION == "flash_attn_3" and not load_flash_attn_3():
+            raise HarnessError(f'ATTENTION = "{ATTENTION}" in train.py is not here; see above')
+        return ATTENTION  # check_attention sees whether it runs
     if device.type == "cpu":
         return "written_out"
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    # Flash Attention 3 is slower on older chips; newer ones end the whole process.
+    if is_nvidia and torch.cuda.get_device_capability() == (9, 0) and load_flash_attn_3():
+        return "flash_attn_3"
     if is_nvidia and dtype == torch.bfloat16:
         if torch.__version__ >= (2, 11) and torch.backends.cuda.is_flash_attention_available():
             return "torch_varlen"
         say("no varlen_attn, which is faster: it needs torch 2.11, built with Flash Attention")
     return "torch_sdpa"
+
+
+def output_and_gradients(attend: Callable, q, k, v, dy, window: int) -> list[torch.Tensor]:
+    """The output, and the gradients of q, k and v."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    y = attend(*leaves, window)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
 def check_attention(platform: "Platform", config: GPTConfig) -> None:
@@ -794,39 +837,38 @@ def check_attention(platform: "Platform", config: GPTConfig) -> None:
     attend = BACKENDS[name]
     if platform.compiles:
         attend = torch.compile(attend, dynamic=False, fullgraph=True)
-    D = config.n_embd // config.n_head
-    inputs = []  # q, k, v, and the gradient of the output
-    for H in (config.n_head, config.n_kv_head, config.n_kv_head, config.n_head):
-        x = torch.randn(2, config.sequence_len, H, D)
-        inputs.append(x.to(platform.device, platform.dtype))
+
+    def draw(heads: int) -> torch.Tensor:
+        shape = (2, config.sequence_len, heads, config.n_embd // config.n_head)
+        return torch.randn(shape).to(platform.device, platform.dtype)
+
+    q = draw(config.n_head)
+    k = draw(config.n_kv_head)
+    v = draw(config.n_kv_head)
+    dy = draw(config.n_head)  # the gradient of the output
     limit = 1e-2 if platform.dtype == torch.bfloat16 else 1e-4
     for window in sorted(set(config.windows())):
         try:
-            results = output_and_gradients(attend, *inputs, window)
-        except Exception as failure:
-            traceback.print_exc()
-            why = f"attention by {name} fails: {type(failure).__name__}, see above; mend it, or"
-            raise HarnessError(f"{why} name another one with ATTENTION in train.py") from failure
-        wanted = output_and_gradients(written_out, *(x.float() for x in inputs), window)
-        errors = [(r.float() - w).norm() / w.norm() for r, w in zip(results, wanted, strict=True)]
-        if not ATTENTION and not all(error < limit for error in errors):  # or not a number
-            raise HarnessError(
-                f"attention by {name} is not that of written_out: off by {max(errors):.1e} at "
-                f'window {window}; change both alike, or set ATTENTION = "{name}" in train.py'
-            )
-
-
-def output_and_gradients(attend: Callable, q, k, v, dy, window: int) -> list[torch.Tensor]:
-    """The output, and the gradients of q, k and v."""
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    y = attend(*leaves, window)
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+            results = output_and_gradients(attend, q, k, v, dy, window)
+        except Exception:
+            say(f"attention by {name} fails; mend it, or name another one with ATTENTION")
+            raise
+        wanted = output_and_gradients(
+            written_out, q.float(), k.float(), v.float(), dy.float(), window
+        )
+        for result, reference in zip(results, wanted, strict=True):
+            error = (result.float() - reference).norm() / reference.norm()
+            if not ATTENTION and not error < limit:  # or it is not a number
+                raise HarnessError(
+                    f"attention by {name} is not that of written_out: off by {error:.1e} at window "
+                    f'{window}; change both alike, or set ATTENTION = "{name}" in train.py'
+                )
 
 
 # --- Platform ------------------------------------------------------------------
 
-# (word of the device's name, its dense bf16 products in TFLOP/s by the datasheet; 0: unknown): the
-# first that fits counts.
+# Dense bf16 products in TFLOP/s, by the datasheets, of the first of these that is in the device's
+# name. 0: slower than the chip, nobody says by how much.
 PEAK_TFLOPS = (
     ("NVL", 0),
     ("MIG", 0),
@@ -837,6 +879,14 @@ PEAK_TFLOPS = (
     ("B200", 2250),
     ("A100", 312),
 )
+
+
+def peak_flops_of(device_name: str) -> float:
+    words = f" {device_name} ".replace("-", " ")  # A100 is not A1000
+    for part, tflops in PEAK_TFLOPS:
+        if f" {part} " in words:
+            return 1e12 * tflops
+    return 0.0
 
 
 class Platform(NamedTuple):
@@ -851,16 +901,68 @@ class Platform(NamedTuple):
     attention: str
 
 
+def refuse_unusable_gpu() -> None:
+    """Raise HarnessError for an NVIDIA GPU that this torch cannot use, as with an old driver."""
+    if Path("/dev/kfd").exists() and torch.version.hip is None:
+        say("note: there is an AMD GPU, which is not used: this torch is not built for ROCm")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    is_cpu_meant = visible in ("", "-1")
+    if torch.version.cuda is None or torch.cuda.is_available() or is_cpu_meant:
+        return
+    try:
+        torch.cuda.init()
+    except RuntimeError as failure:
+        has_no_gpu = "No CUDA GPUs" in str(failure) and visible is None
+        if has_no_gpu or "Found no NVIDIA driver" in str(failure):
+            return
+        raise HarnessError(
+            f"torch cannot use the GPU here: {str(failure).strip()[:120]}… With an older driver, "
+            "run: uv lock -P torch==2.10.0 && uv sync && uv run prepare.py. To train on the CPU, "
+            "set CUDA_VISIBLE_DEVICES to nothing"
+        ) from failure
+
+
+def set_up_cpu() -> None:
+    """No more threads than cores that are ours; and glibc keeps what is freed."""
+    torch.set_num_threads(min(torch.get_num_threads(), prepare.usable_cores()))
+    with suppress(OSError, AttributeError, TypeError):  # no glibc
+        mallopt = ctypes.CDLL(None).mallopt  # mapping a step's memory anew costs 8 % of a step
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older ones refuse more
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch.compile works here, by a layer of torch's own."""
+    torch._dynamo.config.suppress_errors = False  # whatever the environment says
+    layer = nn.RMSNorm(16, device=device, dtype=dtype)
+    x = torch.ones(2, 16, device=device, dtype=dtype)
+
+    def forward(x):
+        return layer(x).sum(), torch.compiler.is_compiling()
+
+    forward(x)[0].backward()  # if this fails, it is not the compiler
+    try:
+        loss, is_compiled = torch.compile(forward)(x)
+        loss.backward()
+    except torch.AcceleratorError:
+        raise
+    except Exception as failure:  # of a C++ compiler or Triton, or its absence
+        why = str(failure).strip().partition("\n")[0][:120]
+        say(f"not compiled, so slower ({type(failure).__name__}: {why}); is g++ or clang there?")
+        return False
+    if not is_compiled:
+        say("not compiled, so slower: a variable like TORCH_COMPILE_DISABLE is set")
+    return is_compiled
+
+
 def find_platform() -> Platform:
-    """Device, the faster type there, whether torch.compile works, and attention by rule."""
+    """Device, the faster type there, whether torch.compile works, and the attention backend."""
     refuse_unusable_gpu()
     peak_flops = 0.0
     if torch.cuda.is_available():
         device = torch.device("cuda")
         name = torch.cuda.get_device_name()
-        words = f" {name} ".replace("-", " ")  # A100 is not A1000
-        peaks = [1e12 * tflops for part, tflops in PEAK_TFLOPS if f" {part} " in words]
-        peak_flops = peaks[0] if peaks else 0.0
+        peak_flops = peak_flops_of(name)
         is_rocm = torch.version.hip is not None  # all its chips have bf16
         has_fast_bf16 = is_rocm or torch.cuda.get_device_capability() >= (8, 0)
         torch.set_float32_matmul_precision("high")  # TF32
@@ -892,50 +994,6 @@ def find_platform() -> Platform:
     )
 
 
-def refuse_unusable_gpu() -> None:
-    """Raise HarnessError for an NVIDIA GPU that this torch cannot use, as with an old driver."""
-    if Path("/dev/kfd").exists() and torch.version.hip is None:
-        say("note: there is an AMD GPU, which is not used: this torch is not built for ROCm")
-    is_cpu_meant = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.version.cuda is None or torch.cuda.is_available() or is_cpu_meant:
-        return
-    try:
-        torch.cuda.init()
-    except RuntimeError as failure:
-        if "Found no NVIDIA driver" in str(failure) or "No CUDA GPUs" in str(failure):
-            return  # there is no GPU
-        raise HarnessError(
-            f"torch cannot use the GPU here: {str(failure).strip()[:120]}… With an older driver, "
-            "run: uv lock -P torch==2.10.0 && uv sync && uv run prepare.py. To train on the CPU, "
-            "set CUDA_VISIBLE_DEVICES to nothing"
-        ) from failure
-
-
-def set_up_cpu() -> None:
-    """No more threads than cores that are ours; and glibc keeps what is freed."""
-    torch.set_num_threads(min(torch.get_num_threads(), prepare.usable_cores()))
-    with suppress(OSError, AttributeError, TypeError):  # no glibc
-        mallopt = ctypes.CDLL(None).mallopt  # mapping a step's memory anew costs 8 % of a step
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older ones refuse more
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch.compile works here, by a layer of torch's own."""
-    layer = nn.RMSNorm(16, device=device, dtype=dtype)
-    x = torch.ones(2, 16, device=device, dtype=dtype)
-    layer(x).sum().backward()  # if this fails, it is not the compiler
-    try:
-        torch.compile(layer)(x).sum().backward()
-        return True
-    except torch.AcceleratorError:
-        raise
-    except Exception as failure:  # of a C++ compiler or Triton, or its absence
-        why = str(failure).strip().partition("\n")[0][:120]
-        say(f"not compiled, so slower ({type(failure).__name__}: {why}); is g++ or clang there?")
-        return False
-
-
 # --- Summary -------------------------------------------------------------------
 
 
@@ -963,8 +1021,11 @@ def diagnose(run: Run) -> None:
         updates = " ".join(f"{f.relative_update:.1e}" for f in figures)
         say(f"group {group['name']}: gradient norm {gradients} · update / weights {updates}")
     spent = {"forward and backward": 0.0, "optimizer": 0.0, "data": 0.0, "rest": 0.0}
-    for (_, begin), (part, end) in pairwise(run.marks):
-        spent[part] += begin.elapsed_time(end) if run.platform.is_cuda else end - begin
+    for before, mark in pairwise(run.marks):
+        if run.platform.is_cuda:
+            spent[mark.part] += before.when.elapsed_time(mark.when) / 1000
+        else:
+            spent[mark.part] += mark.when - before.when
     whole = sum(spent.values())
     say("time: " + " · ".join(f"{part} {spent[part] / whole:.0%}" for part in spent))
 
@@ -1029,7 +1090,9 @@ def main() -> None:
         faulthandler.dump_traceback_later(HUNG_AFTER_S, exit=True)
         trained = train(run)
         diagnose(run)
-        faulthandler.dump_traceback_later(HUNG_AFTER_S + run.evaluation_s, exit=True)
+        # A token takes no longer than in training.
+        evaluation_s = prepare.EVAL_TOKENS / TOTAL_BATCH_SIZE * run.step_s
+        faulthandler.dump_traceback_later(HUNG_AFTER_S + evaluation_s, exit=True)
         val_bpb = prepare.evaluate_bpb(run.model, run.tokenizer, run.eval_rows)
         summarize(run, trained, val_bpb, time.perf_counter() - started_s)
     except HarnessError as failure:

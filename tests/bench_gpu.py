@@ -87,7 +87,7 @@ def variants(case: str) -> None:
     run.marks.clear()
     step_s = seconds(steps, 10) / 10
     losses = [step.loss for step in steps(1) if step.wait()]
-    train.check_finite(losses[0].item(), 13)
+    train.check_finite(losses[0].item(), "step 13")
     train.diagnose(run)  # where the time goes; the table below shows that line
     flops = run.model.flops_per_token() * train.TOTAL_BATCH_SIZE / step_s
     mfu, mb = flops / peak if peak else 0.0, round(train.peak_memory_mb(run.platform))
@@ -139,8 +139,8 @@ def training(case: str) -> None:
     train.main()
 
 
-QKV = "qkv.split(self.heads, dim=2)"  # and the product, unused then, is not compiled
-APART = "[f(x).view(B, T, n, -1) for f, n in zip([self.c_q, self.c_k, self.c_v], self.heads)]"
+QKV = "qkv.split(self.head_counts, dim=2)"  # and the product, unused then, is not compiled
+APART = "[f(x).view(B, T, n, -1) for f, n in zip([self.c_q, self.c_k, self.c_v], self.head_counts)]"
 SIGMOID = "(2 * torch.sigmoid(2 / LOGIT_SOFT_CAP * z) - 1)"
 VARIANTS = {
     "as it is": {},

@@ -139,15 +139,18 @@ def test_a_backend_with_other_results_is_an_error_unless_it_is_named(name, monke
 
 
 @pytest.mark.parametrize("named", ["", "torch_sdpa"])
-def test_a_backend_that_fails_is_an_error_with_its_place_above(named, monkeypatch, capsys):
+def test_a_backend_that_fails_ends_at_its_line_and_names_the_constant(named, monkeypatch, capsys):
     def mistaken(q, k, v, window):
         return q @ undefined  # noqa: F821
 
     monkeypatch.setattr(train, "ATTENTION", named)
     monkeypatch.setitem(train.BACKENDS, "torch_sdpa", mistaken)
-    with pytest.raises(HarnessError, match="^attention by torch_sdpa fails: NameError, see above"):
+    with pytest.raises(NameError) as failure:
         check_attention(CPU._replace(attention="torch_sdpa"), ROWS)
-    assert "return q @ undefined" in capsys.readouterr().err
+    assert failure.traceback[-1].name == "mistaken"
+    assert "attention by torch_sdpa fails; mend it, or name another one with ATTENTION" in (
+        capsys.readouterr().out
+    )
 
 
 def test_backends_that_agree_pass_also_in_bf16_compiled_and_grouped(varlen, monkeypatch):
@@ -479,8 +482,18 @@ def test_without_a_compiler_all_runs_eagerly_with_a_line(monkeypatch, capsys):
     assert not train.can_compile(cpu, F32)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("not compiled, so slower (RuntimeError: Failed to find C compiler.)")
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+
+
+def test_a_compiler_that_is_switched_off_is_seen(monkeypatch, capsys):
+    """Before, the summary said `compiled: yes` of an eager run."""
+    cpu, compile = torch.device("cpu"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: f)  # as TORCH_COMPILE_DISABLE does
+    assert not train.can_compile(cpu, F32)
+    assert "TORCH_COMPILE_DISABLE is set" in capsys.readouterr().out
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", True)
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend="eager"))
     assert train.can_compile(cpu, F32) and train.can_compile(cpu, B16)
+    assert not torch._dynamo.config.suppress_errors
 
 
 def test_a_dead_device_is_not_taken_for_a_missing_compiler(monkeypatch):

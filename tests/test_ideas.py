@@ -83,13 +83,13 @@ F.silu(self.c_gate(x)) * self.c_fc(x)
 """,
     "averaged weights": """
         self.model.zero_grad(set_to_none=True)
-        loss_on_host
+        # torch pins
 -->
         if step == 0:
             self.average = [p.detach().clone() for p in self.model.parameters()]
         torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], 0.1)
         self.model.zero_grad(set_to_none=True)
-        loss_on_host
+        # torch pins
 ===
     trained.add(in_flight)
     trained.bar
@@ -188,9 +188,9 @@ def torch_varlen(q, k, v, window, is_start=None):
         dict(name="scalars",
 """,
     "another window letter": """
-        sizes = {"L": self.sequence_len,
+        sizes = {"S": short,
 -->
-        sizes = {"M": self.sequence_len // 2, "L": self.sequence_len,
+        sizes = {"M": self.sequence_len // 2, "S": short,
 ===
 WINDOW_PATTERN = "SSSL"
 -->

@@ -158,7 +158,7 @@ def test_on_cuda_a_step_is_waited_for_by_an_event(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", every.Event)
     run = SimpleNamespace(platform=SimpleNamespace(is_cuda=True), marks=[])
     end = train.Run.mark(run, "optimizer")
-    assert run.marks == [("optimizer", end)]
+    assert run.marks == [train.Mark("optimizer", end)]
     assert every.mock_calls == [call.Event(enable_timing=True), call.Event().record()]
     train.Step(torch.tensor(1.0), 256, 1, end).wait()
     assert every.mock_calls[2:] == [call.Event().synchronize()]
@@ -241,13 +241,9 @@ def test_what_an_update_did_is_measured_at_a_few_stages(make_run, capsys):
     )
     assert run.figures[0]["head"][0] > 0
     run.take_step(1.0, 3)
-    run.marks = [("rest", 9.0), ("data", 10.0), ("forward and backward", 14.0), ("optimizer", 15.0)]
-    run.marks += [
-        ("rest", 15.5),
-        ("data", 15.5),
-        ("forward and backward", 18.0),
-        ("optimizer", 19.0),
-    ]
+    ends = (9.0, 10.0, 14.0, 15.0, 15.5, 15.5, 18.0, 19.0)
+    parts = 2 * ("rest", "data", "forward and backward", "optimizer")
+    run.marks = [train.Mark(*mark) for mark in zip(parts, ends, strict=True)]
     train.diagnose(run)
     *groups, times = capsys.readouterr().out.splitlines()
     assert times == "time: forward and backward 65% · optimizer 20% · data 10% · rest 5%"
@@ -291,7 +287,7 @@ def test_warm_up_steps_at_the_beginning_the_middle_and_the_end_of_progress(make_
     run = make_run(TRIAL_PROGRESS=default)
     warm_up(run)
     assert seen == [(0.0, 0), (0.5, 1), (1.0, 2)]
-    assert run.step_s > 0 and run.evaluation_s > 0
+    assert run.step_s > 0
 
 
 def test_a_model_that_the_evaluation_would_refuse_is_refused_before_the_clock(
@@ -364,7 +360,8 @@ def test_what_failed_holds_no_memory_when_fewer_rows_are_tried(monkeypatch):
         if rows > 2:
             raise FULL
 
-    assert train.halve_until_it_fits(attempt, 8, "ROWS") == 2 and len(lines) == 2
+    train.halve_until_it_fits(attempt, 8, "ROWS")
+    assert [line[-8:] for line in lines] == ["ROWS = 4", "ROWS = 2"]
 
 
 DEAD = torch.AcceleratorError("CUDA error: an illegal memory access was encountered, out of memory")
@@ -525,7 +522,7 @@ def test_a_run_ends_with_the_summary_of_weights_touched_by_timed_steps_alone(
     def timed(run):
         seen.append(weights_of(run))
         trained = real_train(run)
-        run.evaluation_s = 1000.0  # as a slow GPU's warm-up would have measured
+        run.step_s = 125.0  # as a slow GPU's warm-up would have measured; 256 tokens of 2,048
         seen.extend([weights_of(run), run])
         return trained
 
@@ -539,9 +536,9 @@ def test_a_run_ends_with_the_summary_of_weights_touched_by_timed_steps_alone(
     monkeypatch.setattr(train, "TIME_BUDGET", 0.5)
     train.main()
     gc.unfreeze()
-    hung, again, start, end, run, once_more, scored_weights = seen
+    *watches, start, end, run, once_more, scored_weights = seen
     # The watch over a hung run begins anew with the clock, and with the evaluation.
-    assert hung == again == ((train.HUNG_AFTER_S,), {"exit": True})
+    assert watches == 2 * [((train.HUNG_AFTER_S,), {"exit": True})]
     assert once_more == ((train.HUNG_AFTER_S + 1000.0,), {"exit": True})
     torch.manual_seed(int(train.SEED))
     assert_same(start, dict(train.GPT(run.config, written_out).named_parameters()))
