@@ -244,23 +244,41 @@ def test_a_run_outlives_the_shell_and_says_what_ran_and_how_it_ended(night):
     assert "exit status" not in night.say(READ + "result")
     lines = night.wait()
     assert lines[:2] == [f"commit: {commit}", "seed: 42"]
-    assert lines[2].endswith(f"nice {os.nice(0)}")  # zsh makes background jobs give way
+    nice = f"nice {os.nice(0)}"  # zsh makes background jobs give way
+    assert any(line.endswith(nice) for line in lines)
     assert night.calls_file.read_text().splitlines()[-1] == "run train.py"
     summary = SUMMARY.replace("${SCORE:-0.997900}", "0.997900").replace("$SEED", "42")
     assert night.shown == summary + "exit status: 0\n"
     # The shells of coding agents end commands after 120 s, and read all that one prints.
     turns, seconds = re.search(r"\[ \$n -lt (\d+) \].*sleep (\d+)", RUN).groups()
     assert int(turns) * int(seconds) <= 110
-    (night.folder / "run.log").write_text("commit: 1234567\n" + "x" * 100_000)
-    assert len(night.say(READ + "result")) <= 201
+    (night.folder / "run.log").write_text("commit: 1234567\n" + "x" * 100_000 + "\n")
+    assert len(night.say(READ + "result")) <= 250
+
+
+def test_a_run_that_gives_no_sign_of_life_for_minutes_has_died(night):
+    """Before, an agent watched the log for ten minutes of a run that ended with its predecessor."""
+    log = night.folder / "run.log"
+    log.write_text("commit: 1234567\nseed: 42\n")
+    assert night.say(READ + "result") == "seed: 42\n"
+    os.utime(log, (time.time() - 130,) * 2)
+    assert night.say(READ + "result").endswith("exit status: died\n")
+    night.say(READ + "run 42", PLAY="slow")  # it is silent for a second, and touches its log
+    while "nice" not in log.read_text():
+        pass
+    os.utime(log, (1, 1))
+    while log.stat().st_mtime == 1:
+        pass
+    assert "exit status" not in log.read_text()
 
 
 def test_only_what_is_committed_runs_also_of_a_benchmark_that_the_person_chose(night):
-    for name in ("train.py", "prepare.py"):
+    refused = "commit train.py, undo the rest\n"
+    for name in ("train.py", "prepare.py", "helper.py"):  # the last one is not even tracked
         night.add_to(name)
-        assert night.say(READ + "run 42") == "commit first\n"
+        assert night.say(READ + "run 42") == refused
         night.git("add", name)
-        assert night.say(READ + "run 42") == "commit first\n"
+        assert night.say(READ + "run 42") == refused
         assert not (night.folder / "run.log").exists()
         night.git("reset", "-q", "--hard")
     night.add_to("prepare.py", 'DATASET = "pysource"')
@@ -482,12 +500,13 @@ def test_what_an_agent_that_died_in_a_wave_left_is_found_and_lost_by_no_command(
     wave.say(READ + BEST)
     for n, commit in enumerate(wave.ideas[:2], start=1):
         assert wave.say(inside(n, "git rev-parse --short HEAD")).strip() == commit
-    assert "exit status" not in wave.say(inside(1, "result"))
+    os.utime(wave.folder / "../lab-1/run.log", (1, 1))
+    assert wave.say(inside(1, "result")).endswith("exit status: died\n")
     wave.say(READ + "(at 1; run 42)")
     wave.wait(at=1)
     assert [wave.record("discard", at=n)[:7] for n in (1, 2)] == wave.ideas[:2]
     assert (wave.folder / "../lab-3/train.py").read_text().endswith("# half an idea\n")
-    assert wave.say(inside(3, "run 42")) == "commit first\n"
+    assert wave.say(inside(3, "run 42")) == "commit train.py, undo the rest\n"
     wave.say(inside(3, "git commit -q -m 'unfinished half' train.py; drop"))
     subjects = wave.git("for-each-ref", "--format=%(subject)", "refs/experiments/")
     assert sorted(subjects.splitlines()) == ["longer", "unfinished half"]
@@ -562,7 +581,7 @@ def test_the_summary_has_the_names_that_program_md_reads():
 def test_the_two_files_are_small_and_between_the_scales_only_numbers_differ():
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("prepare.py", "train.py")]
     lines = [text.count("\n") for text in texts]
-    assert lines[0] <= 1120 and lines[1] <= 1045, lines  # law 9 wants 820 and 800
+    assert lines[0] <= 1110 and lines[1] <= 1105, lines  # law 9 wants 820 and 800
     assert len(PROGRAM.encode()) <= 9500
     numbers = re.findall(r"^([A-Z_]+) = (?:scale\(|.* if _CUDA else )", "".join(texts), re.M)
     assert {"DATASET", "DEPTH"} <= set(numbers) and len(numbers) <= 15, numbers
@@ -591,7 +610,7 @@ prepare.DATASET, prepare.VOCAB_SIZE, prepare.EVAL_TOKENS = {text!r}, 400, 64 * 3
 prepare.MAX_SEQ_LEN = train.MAX_SEQ_LEN = 32
 prepare.TIME_BUDGET = train.TIME_BUDGET = 2
 small = dict(DEPTH=2, ASPECT_RATIO=16, HEAD_DIM=16, TOTAL_BATCH_SIZE=512, DEVICE_BATCH_SIZE=8)
-small |= dict(TRIAL_STEPS=1, HUNG_AFTER_S=120)
+small |= dict(HUNG_AFTER_S=120)
 for name, value in small.items():
     setattr(train, name, value)
 train.GPT.compile = lambda self: None  # takes a minute here
@@ -616,7 +635,7 @@ def test_a_real_run_from_an_empty_cache_is_read_and_recorded(tmp_path, own_text)
     log = (night.folder / "run.log").read_bytes()
     assert lines[-1] == "exit status: 0", log.decode()
     assert len(log) < 8192 and b"\r" not in log
-    assert any("is not prepared yet; doing it now" in line for line in lines)
+    assert any("is not prepared yet" in line for line in lines)
     read = dict(line.split(":", 1) for line in night.shown.split("---\n")[1].splitlines())
     assert lines[0] == f"commit: {baseline}" and int(read["num_steps"]) > 1
     night.record()
@@ -626,7 +645,7 @@ def test_a_real_run_from_an_empty_cache_is_read_and_recorded(tmp_path, own_text)
     assert row[3:] == ["keep", "baseline, seed 43"]
 
     lines = night.run("nan")  # from what is prepared now
-    assert lines[-2:] == ["error: loss nan at step 0", "exit status: 1"]
+    assert lines[-2:] == ["error: loss nan at trial step 0", "exit status: 1"]
     assert not any("prepared" in line or line == "---" for line in lines)
     night.record()
     assert night.table()[-1] == [baseline, "0.000000", "0.0", "crash", "baseline, seed 42"]
