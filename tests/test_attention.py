@@ -426,12 +426,16 @@ def test_under_wsl_memory_ends_where_the_gpus_does(machine, monkeypatch):
 # --- A GPU that is there and cannot be used ---
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12020). Please update"
+NOT_THERE = "No CUDA GPUs are available"
 NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"
 
 
 @pytest.mark.parametrize(
     "answer, visible, refused",
-    [(NO_DRIVER, None, False), (TOO_OLD, None, True), (TOO_OLD, "", False), (TOO_OLD, "0", True)],
+    [
+        *((NO_DRIVER, None, False), (TOO_OLD, None, True), (TOO_OLD, "", False)),
+        *((TOO_OLD, "0", True), (NOT_THERE, None, False), (NOT_THERE, "7", True)),
+    ],
 )
 def test_an_unusable_nvidia_gpu_ends_the_run_before_any_data_is_prepared(
     answer, visible, refused, machine, monkeypatch
@@ -453,7 +457,7 @@ def test_an_unusable_nvidia_gpu_ends_the_run_before_any_data_is_prepared(
     monkeypatch.setattr(prepare, "open_prepared", lambda: pytest.fail("data is prepared"))
     with pytest.raises(SystemExit) as ended:
         train.main()
-    assert ended.value.code.startswith("error: ") and "is too old" in ended.value.code
+    assert ended.value.code.startswith("error: ") and answer[:40] in ended.value.code
     remedy = "uv lock -P torch==2.10.0 && uv sync && uv run prepare.py"
     assert remedy in ended.value.code and "CUDA_VISIBLE_DEVICES" in ended.value.code
 

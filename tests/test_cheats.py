@@ -262,6 +262,20 @@ CHANGES = [
 ]
 
 
+def test_model_that_learns_from_scored_rows_and_then_runs_out_of_memory_is_refused(small):
+    """Before, the second attempt compared its weights with those that it had learned."""
+
+    def learn_once(model, x, idx):
+        if model.calls < 3:
+            model.weight.data.add_(1.0)
+        if model.calls == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return NOTHING
+
+    with refused("the model changed its weight while"):
+        score(Uniform(learn_once))
+
+
 @pytest.mark.parametrize(("name", "change"), CHANGES)
 def test_model_that_changes_itself_is_refused_even_if_no_loss_shows_it(name, change, small):
     model = Uniform(lambda m, x, idx: (change(m), NOTHING)[1])

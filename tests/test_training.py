@@ -218,6 +218,9 @@ def test_micro_batches_make_up_the_total_and_an_error_names_the_values(make_run)
         HarnessError, match="TOTAL_BATCH_SIZE = 96 is not a multiple .* = 2 x 32; c"
     ):
         make_run(TOTAL_BATCH_SIZE=96, DEVICE_BATCH_SIZE=2)
+    with pytest.raises(HarnessError, match="N_KV_HEAD = 3 does not divide 2 heads of queries"):
+        make_run(TOTAL_BATCH_SIZE=256, N_KV_HEAD=3)
+    make_run(N_KV_HEAD=0, SKIP_START=0, RESIDUAL_START=1)  # whole numbers, too
     with pytest.raises(HarnessError, match="^SEED=abc is not a whole number; set one, or leave it"):
         make_run(SEED="abc")
 
