@@ -210,9 +210,11 @@ def text_pieces(file: TextIO) -> Iterator[str]:
     So pysource becomes about its definitions, and a person's own text about rows of tokens.
     """
     if DATASET == "pysource":
-        least, most = 200, 1 << 20
+        least = 200
+        most = 1 << 20
     else:  # a token has 3 or 4 characters
-        least, most = 3 * MAX_SEQ_LEN, 4 * MAX_SEQ_LEN
+        least = 3 * MAX_SEQ_LEN
+        most = 4 * MAX_SEQ_LEN
     piece = ""
     while line := file.readline(most):
         follows_blank_line = piece.endswith("\n\n")
@@ -277,7 +279,7 @@ def gather_local_text(directory: Path) -> None:
     num_bytes = array("q")  # of each document
     with ExitStack() as opened:
         # All documents, a line each, in a file that goes away by itself.
-        lines = opened.enter_context(tempfile.TemporaryFile(dir=directory.parent))
+        lines = opened.enter_context(tempfile.TemporaryFile(dir=cache_directory()))
         for file in progress_bar(local_files(), desc="reading", unit=" files"):
             for text in filter(str.strip, file_texts(file, skipped)):
                 digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -722,7 +724,6 @@ def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
         shutil.rmtree(folder)
     for unfinished in list(folder.rglob("unfinished-*")):  # by a process that was killed
         shutil.rmtree(unfinished)
-    folder.mkdir(parents=True, exist_ok=True)
     text = find_text(folder, num_shards, workers)
     vocabulary = folder / TOKENIZER_FILE
     if not vocabulary.exists():
@@ -835,11 +836,10 @@ def make_dataloader(
     def make_batch() -> tuple[torch.Tensor, torch.Tensor, int]:
         some = list(islice(rows, B))
         tokens = torch.from_numpy(np.stack([row for row, _ in some]).astype(np.int64))
-        inputs = tokens[:, :-1].clone()
-        targets = tokens[:, 1:].clone()
+        batch = [tokens[:, :-1].clone(), tokens[:, 1:].clone()]  # inputs, targets
         if is_cuda:
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        return inputs, targets, some[-1][1]
+            batch = [part.pin_memory() for part in batch]
+        return *batch, some[-1][1]
 
     def serve() -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         with ThreadPoolExecutor(1) as pool:
@@ -1091,18 +1091,17 @@ def main() -> None:
     parser.add_argument("--num-shards", type=int, help="fetch and encode so many files; -1: all")
     parser.add_argument("--download-workers", type=int, default=8, help="files at a time")
     arguments = parser.parse_args()
-    num_shards = arguments.num_shards
     if arguments.download_workers < 1:
         parser.error("--download-workers must be at least 1")
     try:
-        prepared = prepare(num_shards, arguments.download_workers)
+        prepared = prepare(arguments.num_shards, arguments.download_workers)
     except HarnessError as failure:
         sys.exit(f"error: {failure}")
     num_tokens = sum(prepared.sizes[name] for name in prepared.train) // 2  # of two bytes each
     say(f"tokens:    {num_tokens:,} to train on, {len(prepared.rows()):,} rows to validate on")
     say(f"benchmark: {benchmark_id(prepared)}")
-    if num_shards not in (None, NUM_SHARDS) and DATASET in HUB:
-        say(f"to train on these files, set NUM_SHARDS = {num_shards} in prepare.py")
+    if arguments.num_shards not in (None, NUM_SHARDS) and DATASET in HUB:
+        say(f"to train on these files, set NUM_SHARDS = {arguments.num_shards} in prepare.py")
     say("next:      uv run train.py")
 
 

@@ -753,8 +753,8 @@ def torch_varlen(q, k, v, window):
     options = dict(window_size=(tokens_before, 0))
     if k.size(2) < H:
         options["enable_gqa"] = True  # torch 2.12 and later
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    return varlen_attn(q, k, v, starts, starts, T, T, **options).view(B, T, H, D)
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    return varlen_attn(*packed, starts, starts, T, T, **options).view(B, T, H, D)
 
 
 flash_attn_3_kernel = None  # the library's module, once it is loaded

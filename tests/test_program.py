@@ -274,7 +274,7 @@ def test_a_run_that_gives_no_sign_of_life_for_minutes_has_died(night):
 
 def test_only_what_is_committed_runs_also_of_a_benchmark_that_the_person_chose(night):
     refused = "commit train.py, undo the rest\n"
-    for name in ("train.py", "prepare.py", "helper.py"):  # the last one is not even tracked
+    for name in ("train.py", "prepare.py", "uv.lock", "helper.py"):  # some untracked
         night.add_to(name)
         assert night.say(READ + "run 42") == refused
         night.git("add", name)
