@@ -11,6 +11,7 @@ every document and every row.
 
 import argparse
 import base64
+import gc
 import hashlib
 import json
 import math
@@ -20,9 +21,10 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
@@ -41,7 +43,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 # --- Benchmark constants ------------------------------------------------------
-# What is measured: each of these changes the benchmark id. Without CUDA the numbers are smaller.
+# What is measured: the benchmark id tells what they made. Without CUDA the numbers are smaller.
 
 _CUDA = torch.cuda.is_available()
 # climbmix, tinystories, pysource, or the path of a folder or file of your own.
@@ -51,7 +53,7 @@ VOCAB_SIZE = 8192 if _CUDA else 2048  # tokens: 256 single bytes, merges, 4 spec
 MAX_SEQ_LEN = 2048 if _CUDA else 512  # T, in tokens
 EVAL_TOKENS = 40 * 524288 if _CUDA else 524288  # the most tokens that are scored
 TIME_BUDGET = 300  # seconds of training; start-up, compilation and evaluation not counted
-FORMAT = 4  # raise it when you change how text is read, cut, encoded or packed
+FORMAT = 5  # raise it when you change how text is read, cut, encoded or packed
 
 # --- Files and messages -------------------------------------------------------
 
@@ -135,24 +137,14 @@ class Text(NamedTuple):
     directory: Path = Path()  # on this machine
 
     def documents(self, shard: Shard) -> Iterator[str]:
-        file = self.directory / shard.file
-        damaged: set[Path] = set()
-        for text in islice(file_texts(file, damaged), shard.first, shard.last):
-            if text.strip():
-                yield text
-        if damaged:
-            remedy = f"remove {file if self.repository else self.directory}"
-            raise HarnessError(f"{file} is damaged; {remedy}, run: uv run prepare.py")
+        texts = file_texts(self.directory / shard.file)
+        return filter(str.strip, islice(texts, shard.first, shard.last))
 
 
 CLIMBMIX = [Shard(f"shard_{n:05d}.parquet") for n in range(6543)]
 STORIES = "tinystories_gpt4_clean.parquet"  # its first 10,000 rows are a test split
 HUB = {
-    "climbmix": Text(
-        train=CLIMBMIX[:-1],
-        validation=CLIMBMIX[-1],
-        repository="karpathy/climbmix-400b-shuffle",
-    ),
+    "climbmix": Text(CLIMBMIX[:-1], CLIMBMIX[-1], "karpathy/climbmix-400b-shuffle"),
     "tinystories": Text(
         train=[Shard(STORIES, first=20_000)],
         validation=Shard(STORIES, first=10_000, last=20_000),
@@ -166,8 +158,12 @@ PYSOURCE_SKIPS = ("__config__.py", "_distributor_init.py", "_distributor_init_lo
 # Of local text, the documents with the lowest hashes are held out: a fair sample of every folder
 # and topic. As many bytes as the smaller of these two limits allows:
 HELD_OUT_SHARE = 0.1  # of all text
-HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS: a token has up to 4, and packing loses two of three
+HELD_OUT_BYTES = 4 * 3  # for each of EVAL_TOKENS: a token has about 4, and packing keeps a third
 SHARD_BYTES = 256 << 20  # of local text, about
+
+
+class Unreadable(HarnessError):
+    """A file that is no text, is damaged, or may not be read."""
 
 
 def own_path() -> Path:
@@ -197,17 +193,15 @@ def local_files() -> list[Path]:
     return files
 
 
-@cache  # text that changes while a process runs is the next one's
+@cache  # once a process: text that changes meanwhile must not move what was prepared
 def listing(dataset: str) -> list[tuple[str, int, float]]:
-    """Names, sizes and times of the files of a person's own text."""
+    """Names, sizes and times of the files of a person's own text, which DATASET names."""
     return [(f.as_posix(), f.stat().st_size, f.stat().st_mtime) for f in local_files()]
 
 
 def text_pieces(file: TextIO) -> Iterator[str]:
-    """Cut a file of text into documents: before an unindented line that follows a blank one, once a
-    document has `least` characters; at any line, or within one, where it would pass `most`.
-
-    So pysource becomes about its definitions, and a person's own text about rows of tokens.
+    """Cut text into documents of `least` to `most` characters, at best before an unindented line
+    after a blank one: of pysource definitions, of a person's own text about rows of tokens.
     """
     if DATASET == "pysource":
         least = 200
@@ -226,92 +220,76 @@ def text_pieces(file: TextIO) -> Iterator[str]:
     yield piece
 
 
-def is_parquet(path: Path) -> bool:
-    """Whether the file is whole: its footer, at the very end, can be read."""
-    try:
-        pyarrow.parquet.read_metadata(path)
-        return True
-    except (OSError, pyarrow.ArrowInvalid):
-        return False
-
-
-def parquet_texts(path: Path) -> Iterator[str]:
-    file = pyarrow.parquet.ParquetFile(path)
-    names = file.schema_arrow.names
-    if "text" not in names:
-        raise HarnessError(f"{path} has no column `text`; its columns: {names}; move it away")
-    for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-        # As bytes: what is no UTF-8 would end to_pylist.
-        for text in batch.column(0).cast(pyarrow.binary()).to_pylist():
-            yield (text or b"").decode(errors="replace")
-
-
-def file_texts(path: Path, skipped: set[Path]) -> Iterator[str]:
-    """The texts of a file, noted in `skipped` if it is damaged or has parts that are no text."""
+def file_texts(path: Path) -> Iterator[str]:
+    """The texts of a file. Raises Unreadable where it cannot go on."""
     try:
         if path.suffix == ".parquet":
-            yield from parquet_texts(path)
+            table = pyarrow.parquet.ParquetFile(path)
+            for batch in table.iter_batches(batch_size=1024, columns=["text"]):
+                # As bytes: what is no UTF-8 would end to_pylist.
+                for text in batch.column("text").cast(pyarrow.binary()).to_pylist():
+                    yield (text or b"").decode(errors="replace")
             return
         with open(path, "rb") as file:
             if b"\0" in file.read(8192):
-                skipped.add(path)
-                return
+                raise ValueError("no text")
         with open(path, encoding="utf-8", errors="replace") as file:
             if path.suffix != ".jsonl":
                 yield from text_pieces(file)
                 return
             for line in filter(str.strip, file):
-                try:  # JSON can hold lone surrogates, UTF-8 cannot
-                    yield json.loads(line)["text"].encode(errors="replace").decode()
-                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                    skipped.add(path)
-    except pyarrow.ArrowException:
-        skipped.add(path)
-    except OSError as failure:
-        remedy = "make it readable, or move it away"
-        raise HarnessError(f"{path}: {failure.strerror or failure}; {remedy}") from failure
+                # JSON can hold lone surrogates, UTF-8 cannot.
+                yield json.loads(line)["text"].encode(errors="replace").decode()
+    except Exception as failure:  # whatever reading bytes, a table or JSON can raise
+        why = f"{path} cannot be read: {type(failure).__name__}: {' '.join(str(failure).split())}"
+        remedy = "remove it (with its folder, if that is named documents), run: uv run prepare.py"
+        raise Unreadable(f"{why}; {remedy}") from failure
 
 
 def gather_local_text(directory: Path) -> None:
     """Write documents into val.jsonl and into shards each of which holds some of every topic."""
-    skipped: set[Path] = set()
     hashes = array("Q")  # of 64 bits
     num_bytes = array("q")  # of each document
+    left_out = []
     with ExitStack() as opened:
         # All documents, a line each, in a file that goes away by itself.
         lines = opened.enter_context(tempfile.TemporaryFile(dir=cache_directory()))
-        for file in progress_bar(local_files(), desc="reading", unit=" files"):
-            for text in filter(str.strip, file_texts(file, skipped)):
-                digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                hashes.append(int.from_bytes(digest, "big"))
-                num_bytes.append(len(text.encode()))
-                lines.write(json.dumps({"text": text}).encode() + b"\n")
+        for path in progress_bar(local_files(), desc="reading", unit=" files"):
+            try:
+                for text in filter(str.strip, file_texts(path)):
+                    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+                    hashes.append(int.from_bytes(digest, "big"))
+                    num_bytes.append(len(text.encode()))
+                    lines.write(json.dumps({"text": text}).encode() + b"\n")
+            except Unreadable:
+                left_out.append(str(path))
+        if left_out:
+            names = ", ".join(left_out[:5])
+            say(f"note: {len(left_out):,} files, or the rest of them, are no text: {names}")
+        if not hashes:
+            raise too_little_text(0, 1, "documents")
         most_bytes = min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * sum(num_bytes))
-        first_trained = 0  # the lowest hash that is not held out
-        for n in np.argsort(hashes):
-            first_trained = hashes[n]
-            most_bytes -= num_bytes[n]
-            if most_bytes < 0:
-                break
+        order = np.argsort(hashes)
+        bytes_so_far = np.cumsum(np.array(num_bytes)[order])
+        num_held_out = np.searchsorted(bytes_so_far, most_bytes, side="right")
+        first_trained = hashes[order[num_held_out]]  # the lowest hash that is not held out
         shards = []
         for n in range(1 + sum(num_bytes) // SHARD_BYTES):
             shards.append(opened.enter_context(written_whole(directory / f"{n:04d}.jsonl")))
         held_out = []
         lines.seek(0)
-        for number, line in zip(hashes, lines, strict=True):
-            if number < first_trained:
-                held_out.append((number, line))
-            else:  # by its hash, so that each shard has some of every topic
-                shards[number % len(shards)].write(line)
+        for text_hash, line in zip(hashes, lines, strict=True):
+            if text_hash < first_trained:
+                held_out.append((text_hash, line))
+            else:  # so that each shard has some of every topic
+                shards[text_hash % len(shards)].write(line)
     with written_whole(directory / "val.jsonl") as file:  # when it is there, so are the shards
         file.writelines(line for _, line in sorted(held_out))
-    if skipped:
-        names = ", ".join(sorted(map(str, skipped))[:5])
-        say(f'note: {len(skipped):,} files are damaged, no text, or in part no "text": {names}')
 
 
 def too_little_text(found: int, needed: int, what: str) -> HarnessError:
-    chars = max(100 * VOCAB_SIZE, 640 * MAX_SEQ_LEN)  # 100 for each token, or 16 rows of a tenth
+    for_rows = round(LEAST_ROWS * MAX_SEQ_LEN * 4 / HELD_OUT_SHARE)  # a token has about 4
+    chars = max(100 * VOCAB_SIZE, for_rows)
     return HarnessError(
         f'DATASET = "{DATASET}" has too little text: {found} of {needed} {what}; bring '
         f"{chars:,} varied characters, or lower VOCAB_SIZE or MAX_SEQ_LEN in prepare.py"
@@ -324,7 +302,16 @@ RETRY_WAITS_S = (1, 2, 4, 8, 16)  # after failures in a row that brought no new 
 TIMEOUT_S = (10, 30)  # to connect; between two bytes
 
 
-def receive(url: str, part: Path, bar: tqdm) -> str | None:
+def is_parquet(path: Path) -> bool:
+    """Whether the file is whole: its footer, at the very end, can be read."""
+    try:
+        pyarrow.parquet.read_metadata(path)
+        return True
+    except (OSError, pyarrow.ArrowInvalid):
+        return False
+
+
+def receive(url: str, part: Path) -> str | None:
     """Append what `part` lacks; gives the hub's SHA-256 of the file, or None."""
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={size_of(part)}-"}
     if token := os.environ.get("HF_TOKEN"):
@@ -341,8 +328,9 @@ def receive(url: str, part: Path, bar: tqdm) -> str | None:
         if status == 200:  # all of it, from the start
             part.unlink(missing_ok=True)
         if status < 400:
-            bar.total = max(bar.total, size_of(part) + int(answer.headers.get("Content-Length", 0)))
-            with open(part, "ab") as file:
+            total = size_of(part) + int(answer.headers.get("Content-Length", 0))
+            bar = progress_bar(desc=part.stem, unit="B", initial=size_of(part), total=total)
+            with bar, open(part, "ab") as file:
                 for block in answer.iter_content(1 << 16):
                     file.write(block)
                     bar.update(len(block))
@@ -354,20 +342,20 @@ def receive(url: str, part: Path, bar: tqdm) -> str | None:
     return None
 
 
-def download_file(url: str, path: Path, bar: tqdm) -> None:
+def download_file(url: str, path: Path) -> None:
     """Fetch into `path`.part, with which a next call goes on, and rename it once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    longest = size_of(part)
+    longest = size_of(part)  # that it ever was: to fetch the same bytes again is no progress
     failures = 0  # in a row
     while True:
         try:
-            digest = receive(url, part, bar)
-            if is_parquet(part) and (digest is None or digest == sha256_of(part)):
+            digest = receive(url, part)
+            if is_parquet(part) and digest in (None, sha256_of(part)):
                 os.replace(part, path)
                 return
             part.unlink(missing_ok=True)
-            raise requests.ConnectionError(f"{url} gave other bytes than the file's")
+            raise requests.RequestException(f"{url} gave other bytes than the file's")
         except requests.RequestException:
             if size_of(part) > longest:
                 longest = size_of(part)
@@ -381,24 +369,20 @@ def download_file(url: str, path: Path, bar: tqdm) -> None:
 def download(repository: str, names: list[str], directory: Path, workers: int) -> None:
     """Fetch what is missing; the first file alone, as one failure there is enough to end."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+    def fetch(name: str) -> None:
+        download_file(f"{endpoint}/datasets/{repository}/resolve/main/{name}", directory / name)
+        say(f"{name}: {size_of(directory / name) / 1e6:.0f} MB")
+
     # Two splits can be of one file.
     missing = [name for name in dict.fromkeys(names) if not is_parquet(directory / name)]
     if not missing:
         return
     say(f"downloading {len(missing)} files of {repository}")
-    bar = progress_bar(desc="downloading", unit="B", total=1)  # `receive` learns how many
-
-    def fetch(name: str) -> None:
-        url = f"{endpoint}/datasets/{repository}/resolve/main/{name}"
-        download_file(url, directory / name, bar)
-        say(f"{name}: {size_of(directory / name) / 1e6:.0f} MB")
-
     try:
-        with bar:
-            fetch(missing[0])
-            bar.total *= len(missing)  # files of one data set are about equally long
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(fetch, missing[1:]))  # ends at a failure; what has begun is ended
+        fetch(missing[0])
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(fetch, missing[1:]))  # at a failure it begins no more files
     except (requests.RequestException, HarnessError) as failure:
         lost = [name for name in missing if not is_parquet(directory / name)]
         raise HarnessError(
@@ -423,7 +407,7 @@ TOKENIZER_FILE = "tokenizer.tiktoken"  # tiktoken's ranks format: text, never pi
 
 
 def prepared_directory(num_shards: int | None = None) -> Path:
-    """The folder of tokenizer, tokens and rows; its name holds a hash of all that decides them."""
+    """The folder of tokenizer, tokens and rows; its name holds a hash of what they depend on."""
     if DATASET in HUB:
         sources = [HUB[DATASET].repository, num_shards or NUM_SHARDS]
     elif DATASET == "pysource":
@@ -432,13 +416,13 @@ def prepared_directory(num_shards: int | None = None) -> Path:
         sources = listing(DATASET)
     constants = [FORMAT, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, HELD_OUT_SHARE, HELD_OUT_BYTES]
     constants += [SHARD_BYTES, SPLIT_PATTERN, SPECIAL_TOKENS, BPE_CHARS, BPE_DOCUMENT_CHARS]
-    constants += [ENCODE_CHARS, BUFFER_SIZE, LEAST_ROWS]
+    constants += [ENCODE_CHARS, BUFFER_SIZE]
     digest = hashlib.sha256(json.dumps([constants, sources]).encode()).hexdigest()
     return cache_directory() / f"{dataset_name()}-v{VOCAB_SIZE}-{digest[:8]}"
 
 
 class Tokenizer:
-    """Byte-pair encoding: the merges in order, then 4 special tokens, of which the first is BOS."""
+    """Byte-pair encoding: bytes, merges in order, 4 special tokens, of which the first is BOS."""
 
     def __init__(self, ranks: dict[bytes, int]):
         self.ranks = ranks
@@ -476,7 +460,7 @@ class Tokenizer:
         return len(self.ranks)
 
     def encode(self, text: str | list[str], prepend: int | str | None = None, num_threads: int = 8):
-        """The ids of a text, or a list of them for each of several; no text gives a special token.
+        """The ids of a text, or a list of them for each of several. Text is never a special token.
 
         `prepend`, the number or the text of a token, comes before each: `prepend=BOS_TOKEN`.
         """
@@ -522,7 +506,10 @@ BUFFER_SIZE = 1000  # pieces among which the packing chooses
 
 
 class Piece(NamedTuple):
-    """A stretch of a file of tokens. At `start` a row has BOS, whatever the file has there."""
+    """A stretch of a file of tokens. A row has BOS in place of the first of them.
+
+    In the file that is a BOS, too, or the last token of the piece before.
+    """
 
     start: int
     length: int
@@ -531,8 +518,7 @@ class Piece(NamedTuple):
 def whole_documents(tokens: np.ndarray, bos: int) -> list[Piece]:
     starts = np.flatnonzero(tokens == bos)
     lengths = np.diff(starts, append=len(tokens))
-    documents = zip(starts.tolist(), lengths.tolist(), strict=True)
-    return [Piece(start, length) for start, length in documents]
+    return [Piece(*place) for place in zip(starts.tolist(), lengths.tolist(), strict=True)]
 
 
 def beginnings(documents: list[Piece], most: int) -> list[Piece]:
@@ -541,14 +527,11 @@ def beginnings(documents: list[Piece], most: int) -> list[Piece]:
 
 
 def rests(documents: list[Piece], most: int) -> list[Piece]:
-    """What follows the beginnings, in pieces of at most `most` tokens.
-
-    Each starts at the last token of the piece before, in whose place a row has BOS.
-    """
+    """What follows the beginnings, in pieces of at most `most` tokens, the first one repeated."""
     step = most - 1
     pieces = []
     for start, length in documents:
-        for offset in range(step, length - 1, step):
+        for offset in range(step, length - 1, step):  # a piece has at least one new token
             pieces.append(Piece(start + offset, min(length - offset, most)))
     return pieces
 
@@ -572,16 +555,17 @@ def pack_rows(
                 insort(buffer, (length, number, start))
             if not buffer:
                 return  # without the last row, which is not full
-            place = 0  # of the shortest
-            num_fitting = bisect_left(buffer, (room + 1,))  # a short tuple sorts before its equals
-            if num_fitting > 0:
+            num_fitting = bisect_left(buffer, (room + 1,))  # (n,) sorts before all of length n
+            if num_fitting == 0:
+                place = 0  # the shortest, which is cut
+            else:
                 longest = buffer[num_fitting - 1][0]
-                place = bisect_left(buffer, (longest,))
+                place = bisect_left(buffer, (longest,))  # of those the first that arrived
             length, number, start = buffer.pop(place)
             taken = min(length, room)
             row.append(Piece(start, taken))
             room -= taken
-            if keep_rest and taken < length:  # it begins with the last token taken, to be BOS
+            if keep_rest and taken < length:  # the last token taken is repeated, to become BOS
                 insort(buffer, (length - taken + 1, number, start + taken - 1))
         yield row
 
@@ -705,15 +689,6 @@ def encode_all(texts: Iterable[str], encoders: list[Tokenizer]) -> Iterator[np.n
                 yield from documents
 
 
-def pack_validation(tokens: Path, bos: int) -> np.ndarray:
-    """Step 4: the scored rows (N, T + 1) uint16, up to EVAL_TOKENS."""
-    every_row = validation_rows(tokens, MAX_SEQ_LEN + 1, bos)
-    rows = list(islice(every_row, EVAL_TOKENS // MAX_SEQ_LEN))
-    if len(rows) < LEAST_ROWS:
-        raise too_little_text(len(rows), LEAST_ROWS, "rows to validate on")
-    return np.stack(rows)
-
-
 def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
     """Go through the four steps; a next call goes on where this one was stopped."""
     prepared = read_manifest(folder)
@@ -742,12 +717,16 @@ def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
     rows = folder / "rows.bin"
     if not rows.exists():
         bos = encoders[0].get_bos_token_id()
+        every_row = validation_rows(folder / "val.bin", MAX_SEQ_LEN + 1, bos)
+        packed = list(islice(every_row, EVAL_TOKENS // MAX_SEQ_LEN))
+        if len(packed) < LEAST_ROWS:
+            raise too_little_text(len(packed), LEAST_ROWS, "rows to validate on")
         with written_whole(rows) as file:
-            file.write(pack_validation(folder / "val.bin", bos))
+            file.write(np.stack(packed))
     train = [name for name, _ in shards]
     names = [vocabulary.name, *train, "val.bin", rows.name]
     content = {
-        "train": [name for name in train if size_of(folder / name) > 0],  # or it cannot be mapped
+        "train": [name for name in train if size_of(folder / name) > 0],  # empty ones do not map
         "sizes": {name: size_of(folder / name) for name in names},
         "sha256": {file.name: sha256_of(file) for file in (vocabulary, rows)},
     }
@@ -834,12 +813,14 @@ def make_dataloader(
     is_cuda = device.type == "cuda"
 
     def make_batch() -> tuple[torch.Tensor, torch.Tensor, int]:
-        some = list(islice(rows, B))
-        tokens = torch.from_numpy(np.stack([row for row, _ in some]).astype(np.int64))
-        batch = [tokens[:, :-1].clone(), tokens[:, 1:].clone()]  # inputs, targets
+        packed, epochs = zip(*islice(rows, B), strict=True)
+        tokens = torch.from_numpy(np.stack(packed).astype(np.int64))
+        inputs = tokens[:, :-1].clone()
+        targets = tokens[:, 1:].clone()
         if is_cuda:
-            batch = [part.pin_memory() for part in batch]
-        return *batch, some[-1][1]
+            inputs = inputs.pin_memory()
+            targets = targets.pin_memory()
+        return inputs, targets, epochs[-1]
 
     def serve() -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         with ThreadPoolExecutor(1) as pool:
@@ -847,8 +828,8 @@ def make_dataloader(
             while True:
                 inputs, targets, epoch = ahead.pop(0).result()
                 ahead.append(pool.submit(make_batch))
-                # A copy from pinned memory is not waited for: torch does not use that memory again
-                # before it has ended, and no batch is written to again.
+                # A copy from pinned memory is not waited for: torch reuses that memory only after
+                # the copy, and nothing here writes to a batch again.
                 inputs = inputs.to(device, non_blocking=is_cuda)
                 yield inputs, targets.to(device, non_blocking=is_cuda), epoch
 
@@ -856,22 +837,21 @@ def make_dataloader(
 
 
 # --- Evaluation ---------------------------------------------------------------
-# Probes are scored along with the rows, in a secret order. A probe is a scored row put into another
-# batch. Seven of eight have a cut: a secret position from which on all tokens are random. What a
-# model may not do, and how it shows:
+# A probe is a copy of a row, in another batch, whose tokens are random from a secret position on,
+# its cut. Rows and probes are scored together, in a secret order. What a model may not do, and how
+# it shows:
 #
-#   look at later tokens        its loss before a cut is not that of the scored row. One that does
-#                               so at 1.5 % of positions (0.15 % at the GPU scale) is refused half
-#                               of the time, and can gain at most that share of the bits.
-#   look at later tokens, but   it predicts the random tokens behind the cut better than chance,
-#   repeat its answers to       which no honest model can. From 0.25 % on all are refused.
+#   look at later tokens        its loss just before a cut is not that of the scored row. One that
+#                               does so at 1.5 % of positions (0.15 % at the GPU scale) is refused
+#                               half of the time, and gains about that share of the bits
+#   look at later tokens, but   it predicts the random tokens behind a cut, which it cannot know: at
+#   repeat its answers to       0.25 % of positions nine of ten are refused, at 0.5 % all
 #   rows that it knows
-#   look at other rows, or at   its loss in another batch is not that of the scored row.
+#   look at other rows, or at   its loss before a cut is not that of the scored row
 #   earlier batches
-#   learn from scored rows      its weights or buffers change, or its losses do.
-#   give losses of its own      it is asked for logits, never shown a target. A logit of -inf for a
-#                               token that is never right is a prediction like any other.
-#   score other rows or tokens  their SHA-256 is not the manifest's.
+#   learn from scored rows      its weights or buffers change, or its losses do
+#   give losses of its own      it is asked for logits, and not given the targets
+#   score other rows or tokens  their SHA-256 is not the manifest's
 #
 # No check in one process can see training on validation rows, another harness in this one's place,
 # a model that remembers rows and looks ahead only where text goes on as expected, work outside the
@@ -879,15 +859,10 @@ def make_dataloader(
 
 BATCHES_PER_PROBE_BATCH = 20  # 5 % more evaluation; two batches at least
 # A probe stands at its row's place in a batch of the same shape: an honest model repeats a loss to
-# the last bit on a CPU, and on CUDA if its kernels add in a fixed order (atomics do not). Below
-# this, a cheat gains at most 0.0008 bits a byte; two seeds differ by more.
+# the last bit on a CPU, and on CUDA if its kernels add in a fixed order (atomics do not). What
+# stays below this tolerance gains about 0.001 bits a byte at most; two seeds differ by more.
 LOSS_TOLERANCE_NATS = 0.002
-# A gambler for each stake bets this share of its money on every random token and is paid the
-# model's probability over the true one: its money is multiplied by 1 + stake * (paid - 1). Without
-# foresight it stays at 1 in expectation, so that it comes to e^20 with a chance of at most e^-20
-# (Markov's inequality).
-STAKES = (0.001, 0.01, 0.1, 0.5)
-MOST_WON_NATS = 20.0
+LARGEST_EXPONENT = 20.0  # an honest model is refused at most once in e^20 evaluations
 OTHER_LOSS = (
     "a loss that depends on later tokens, on other rows of the batch, on earlier batches or on "
     "chance; if unintended: quantise a row at a time, share no capacity between rows, add in a "
@@ -899,15 +874,31 @@ class Refused(HarnessError):
     """A model, or a state of the files, that is given no number."""
 
 
-def is_out_of_memory(failure: BaseException) -> bool:
-    """Also where a compiler or a library has wrapped it."""
-    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
-    return isinstance(failure, MemoryError) or any(word in str(failure) for word in words)
+def halve_until_it_fits(attempt: Callable, rows: int, name: str):
+    """attempt(rows), with fewer rows where memory is short; any other failure is raised."""
+    # The words of CUDA, cuBLAS and a CPU, also where a compiler has wrapped them:
+    full = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    while True:
+        try:
+            return attempt(rows)
+        except Exception as failure:
+            is_full = isinstance(failure, MemoryError) or any(word in str(failure) for word in full)
+            # After an AcceleratorError the device can do no more; what is refused stays refused.
+            is_final = isinstance(failure, torch.AcceleratorError | HarnessError)
+            if is_final or rows == 1 or not is_full:
+                raise
+            traceback.clear_frames(failure.__traceback__)  # which hold what did not fit
+        rows = rows // 2 if rows % 2 == 0 else 1  # a divisor still of what it was
+        say(f"out of memory: going on with {name} = {rows}")
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def token_losses(model, V: int, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy (B, T) in nats of logits that the model gives from the inputs alone."""
-    logits = model(inputs.clone())  # in memory that holds nothing else
+    logits = model(inputs.clone())  # a view would share memory with the rows to come
     shape = (*inputs.shape, V)
     if type(logits) is not torch.Tensor or not logits.is_floating_point() or logits.shape != shape:
         seen = f"{type(logits)}, {getattr(logits, 'dtype', '')} {getattr(logits, 'shape', '')}"
@@ -919,109 +910,95 @@ def token_losses(model, V: int, inputs: torch.Tensor, targets: torch.Tensor) -> 
     return torch.stack(losses)
 
 
-@contextmanager
-def left_as_it_is(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode; a model whose weights or buffers change in it is refused."""
-
-    def state() -> dict[str, torch.Tensor]:
-        named = [*model.named_parameters(), *model.named_buffers()]
-        # As bytes, of which those of NaN are equal, too.
-        return {name: t.detach().flatten().view(torch.uint8).clone() for name, t in named}
-
-    before = state()
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:  # also when memory ran out
-        for module, mode in modes:
-            module.training = mode
-        after = state()
-        for name in [*before, *after]:
-            if name not in before or name not in after or not before[name].equal(after[name]):
-                raise Refused(f"the model changed its {name} while it was evaluated")
+def state_of(model: torch.nn.Module) -> dict[str, str]:
+    """Digests of weights and buffers."""
+    digests = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        content = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
+        digests[name] = hashlib.sha256(content).hexdigest()
+    return digests
 
 
 @torch.no_grad()
-def score(model: torch.nn.Module, V: int, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Losses (batches, B, T) in nats of tokens (batches, B, T + 1) before targets."""
+def score(model: torch.nn.Module, V: int, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Losses in nats of inputs and targets, all (batches, B, T), in evaluation mode."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    inputs = torch.from_numpy(tokens[..., :-1].astype(np.int64)).to(device)
+    inputs = torch.from_numpy(inputs.astype(np.int64)).to(device)
     targets = torch.from_numpy(targets.astype(np.int64)).to(device)
-    with left_as_it_is(model):
+    modes = [(module, module.training) for module in model.modules()]
+    before = state_of(model)
+    try:
+        model.eval()
         losses = [token_losses(model, V, x, y) for x, y in zip(inputs, targets, strict=True)]
         return torch.stack(losses).cpu().numpy()
+    finally:  # also when memory ran out
+        for module, mode in modes:
+            module.training = mode
+        after = state_of(model)
+        for name in before | after:
+            if before.get(name) != after.get(name):
+                raise Refused(f"the model changed its {name} while it was evaluated")
 
 
 def refuse_at(bad: np.ndarray, numbers: np.ndarray, what: str) -> None:
-    """Name the first bad position (rows, T) and the number of its row."""
+    """Name the first bad position, of (..., T), and its row's number, of (...)."""
     if bad.any():
-        *row, position = np.argwhere(bad)[0]
-        raise Refused(f"row {numbers[tuple(row)]}, position {position}: the model gave {what}")
+        first = tuple(np.argwhere(bad)[0])
+        raise Refused(f"row {numbers[first[:-1]]}, position {first[-1]}: the model gave {what}")
 
 
-class Probes(NamedTuple):
-    """P batches of scored rows, each at its place in a batch, random from its cut on."""
+def refuse_foresight(losses: np.ndarray, V: int) -> None:
+    """Refuse a model whose losses, in nats, of random tokens are too low for one that sees none.
 
-    batches_PB: np.ndarray  # in which their rows are scored, at the same place
-    tokens: np.ndarray  # (P, B, T + 1)
-    targets_PBT: np.ndarray
-    is_own_PBT: np.ndarray  # whether the inputs so far, and the target, are the row's own
-
-
-def make_probes(scored: np.ndarray, secret: np.random.Generator) -> Probes:
-    """Probes for the scored batches, (batches, B, T + 1)."""
-    num_batches, B, row_tokens = scored.shape
-    T = row_tokens - 1
-    P = max(2, num_batches // BATCHES_PER_PROBE_BATCH)
-    batches_PB = secret.integers(num_batches, size=(P, B))
-    own = scored[batches_PB, np.arange(B)]
-    drawn = secret.choice(scored[..., 1:].ravel(), own.shape)  # each token as often as in the text
-    cuts = secret.integers(1, T, size=P * B)  # the first random token
-    whole_rows = secret.choice(P * B, math.ceil(P * B / 8), replace=False)
-    cuts[whole_rows] = T  # in these no input is random
-    cuts_PB1 = cuts.reshape(P, B, 1)
-    # At cut - 1 the target is the row's own, though the next input is random, so that a model
-    # that looks one token ahead shows there: there alone, targets are not the next inputs.
-    is_own_PBT = np.arange(T) < cuts_PB1
-    return Probes(
-        batches_PB,
-        tokens=np.where(np.arange(T + 1) < cuts_PB1, own, drawn),
-        targets_PBT=np.where(is_own_PBT, own[..., 1:], drawn[..., 1:]),
-        is_own_PBT=is_own_PBT,
-    )
+    That one gives each a probability of 1/V in the mean, `expected` in sum. The sum reaches `found`
+    with a chance of at most exp(-exponent), by Chernoff's bound.
+    """
+    found = np.exp(-losses.astype(np.float64)).sum()
+    expected = len(losses) / V
+    if found <= expected:
+        return
+    exponent = found * np.log(found / expected) - found + expected
+    if exponent > LARGEST_EXPONENT:
+        raise Refused("the model foresaw tokens drawn at random: it looks at later tokens")
 
 
 def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarray:
     """Losses (N, T) in nats of rows (N, T + 1), if no check refuses the model."""
     secret = np.random.default_rng()  # seeded by the system: no model can foresee it
     N = len(rows)
+    T = rows.shape[1] - 1
     num_batches = math.ceil(N / batch_size)
     # The last batch is filled up with the first rows.
     numbers = np.arange(num_batches * batch_size).reshape(num_batches, batch_size) % N
     scored = rows[numbers]
-    probes = make_probes(scored, secret)
-    tokens = np.concatenate([scored, probes.tokens])
-    targets = np.concatenate([scored[..., 1:], probes.targets_PBT])
-    order = secret.permutation(len(tokens))
-    losses = np.empty(targets.shape, np.float32)
-    losses[order] = score(model, V, tokens[order], targets[order])
+    # Probe (p, b) repeats row b of batch batches_PB[p, b]; from cuts_PB1 on its tokens are random.
+    num_probe_batches = max(2, num_batches // BATCHES_PER_PROBE_BATCH)
+    batches_PB = secret.integers(num_batches, size=(num_probe_batches, batch_size))
+    originals = (batches_PB, np.arange(batch_size))
+    cuts_PB1 = secret.integers(1, T, size=(*batches_PB.shape, 1))
+    lots_PB1 = secret.permutation(cuts_PB1.size).reshape(cuts_PB1.shape)
+    cuts_PB1[lots_PB1 < cuts_PB1.size / 8] = T  # no input of these is random
+    noise = secret.integers(V, size=scored[originals].shape)
+    probes = np.where(np.arange(T + 1) < cuts_PB1, scored[originals], noise)
+    # A target is the next input, as in a row, but for the one before the cut, which is the row's
+    # own: there a model that looks one token ahead gets another loss.
+    is_own_PBT = np.arange(T) < cuts_PB1
+    targets_PBT = np.where(is_own_PBT, scored[originals][..., 1:], noise[..., 1:])
 
-    losses_NT = losses[:num_batches].reshape(num_batches * batch_size, -1)[:N]
+    inputs = np.concatenate([scored, probes])[..., :-1]
+    targets = np.concatenate([scored[..., 1:], targets_PBT])
+    order = secret.permutation(len(inputs))
+    losses = np.empty(targets.shape, np.float32)
+    losses[order] = score(model, V, inputs[order], targets[order])
+
+    losses_NT = losses[:num_batches].reshape(-1, T)[:N]
     refuse_at(~np.isfinite(losses_NT), np.arange(N), "a loss that is not finite")
     probe_losses_PBT = losses[num_batches:]
-    their_places = (probes.batches_PB, np.arange(batch_size))
-    gaps_PBT = np.abs(probe_losses_PBT - losses[their_places])
-    is_other_PBT = probes.is_own_PBT & ~(gaps_PBT <= LOSS_TOLERANCE_NATS)  # or not a number
-    refuse_at(is_other_PBT, numbers[their_places], OTHER_LOSS)
-    refuse_at(np.isnan(probe_losses_PBT), numbers[their_places], "a loss that is not a number")
-    is_random_PBT = ~probes.is_own_PBT
-    chance_V = np.bincount(scored[..., 1:].ravel(), minlength=V) / scored[..., 1:].size
-    random_targets = probes.targets_PBT[is_random_PBT]
-    paid = np.exp(-probe_losses_PBT[is_random_PBT]) / chance_V[random_targets]
-    for stake in STAKES:
-        if np.log1p(stake * (paid - 1)).sum() > MOST_WON_NATS:
-            raise Refused("the model foresaw tokens drawn at random: it looks at later tokens")
+    gaps_PBT = np.abs(probe_losses_PBT - losses[originals])
+    is_other_PBT = is_own_PBT & ~(gaps_PBT <= LOSS_TOLERANCE_NATS)  # or not a number
+    refuse_at(is_other_PBT, numbers[originals], OTHER_LOSS)
+    refuse_at(np.isnan(probe_losses_PBT), numbers[originals], "a loss that is not a number")
+    refuse_foresight(probe_losses_PBT[~is_own_PBT], V)
     return losses_NT
 
 
@@ -1043,11 +1020,12 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 
 
 def say_bits(what: str, kinds_NT: np.ndarray, nats_NT: np.ndarray, lengths_NT: np.ndarray) -> None:
-    nats = np.bincount(kinds_NT.ravel(), nats_NT.ravel())
-    num_bytes = np.bincount(kinds_NT.ravel(), lengths_NT.ravel())
-    kinds = np.flatnonzero(num_bytes)
-    shown = " · ".join(f"{k} {bits_per_byte(nats[k], num_bytes[k]):.3f}" for k in kinds)
-    say(f"bits a byte by {what}: {shown}")
+    shown = []
+    for kind in np.unique(kinds_NT[lengths_NT > 0]):
+        is_kind_NT = kinds_NT == kind
+        bits = bits_per_byte(nats_NT[is_kind_NT].sum(), lengths_NT[is_kind_NT].sum())
+        shown.append(f"{kind} {bits:.3f}")
+    say(f"bits a byte by {what}: {' · '.join(shown)}")
 
 
 def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
@@ -1065,15 +1043,10 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
     if getattr(tokenizer, "ranks", None) != fresh.ranks:
         raise Refused("the tokenizer is not the prepared one; use Tokenizer.from_directory()")
     rows = prepared.rows()
-    while True:
-        try:
-            losses_NT = checked_losses(model, rows, batch_size, fresh.get_vocab_size())
-            break
-        except (RuntimeError, MemoryError) as failure:
-            if batch_size == 1 or not is_out_of_memory(failure):
-                raise
-            batch_size //= 2
-            say(f"evaluation: out of memory; starting again, {batch_size} rows at a time")
+    V = fresh.get_vocab_size()
+    losses_NT = halve_until_it_fits(
+        lambda size: checked_losses(model, rows, size, V), batch_size, "rows of evaluation"
+    )
     lengths_NT = fresh.token_lengths()[rows[:, 1:]]
     nats_NT = np.where(lengths_NT > 0, losses_NT, 0).astype(np.float64)  # special tokens: in no sum
     eighth = math.ceil(MAX_SEQ_LEN / 8)

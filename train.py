@@ -16,22 +16,17 @@ import os
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from platform import release
 from typing import NamedTuple
 
-# Importing this file reads no clock; running it counts the imports below.
+# Above the imports, so that total_seconds counts them; importing this file reads no clock.
 STARTED_S = time.perf_counter() if __name__ == "__main__" else None
-IS_WSL = "microsoft" in release().lower()
-# torch reads these when it is imported; what a person has set holds.
-os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")  # saves FA3 5 s
-if not IS_WSL:  # where drivers before R615 fail with expandable segments
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+# Read by torch when it is imported: with Flash Attention 3 a warm-up takes 5 s less.
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +50,7 @@ def scale(gpu, small):
 DEPTH = scale(8, 4)  # layers
 ASPECT_RATIO = scale(64, 40)  # width = DEPTH x ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = scale(128, 80)
-N_KV_HEAD = 0  # heads of keys and values, a divisor of those of queries; 0: one for each
+N_KV_HEAD = 0  # heads of keys and of values, a divisor of those of queries; 0: as many
 WINDOW_PATTERN = "SSSL"  # tiled over the layers: S short, L the whole row; the last is always L
 SHORT_WINDOW = scale(1 / 2, 1 / 4)  # of a row
 ROTARY_BASE = 10_000
@@ -89,15 +84,15 @@ MUON_BETA2 = 0.95
 WARMUP_RATIO = 0.0  # of the time budget
 WARMDOWN_RATIO = scale(0.5, 0.7)
 FINAL_LR_FRAC = 0.0
-SEED = os.environ.get("SEED", "42")  # a second one tells a gain from luck
+SEED = os.environ.get("SEED", "42")  # a run with another one tells a gain from luck
 
-ATTENTION = ""  # "" chooses by machine and compares with written_out; a name is taken unchecked
+ATTENTION = ""  # "": chosen by machine and compared with written_out; a name: taken unchecked
 QUERY_BLOCK = 128  # queries at a time, where attention is written out
 TRIAL_PROGRESS = (0.0, 0.5, 1.0)  # a trial step at each, before the clock, on weights thrown away
 MAX_LOSS = 100.0  # a run beyond it is ended
 LOG_LINES = 25
 DIAGNOSED_AT = (0.25, 0.5, 0.75, 0.98)  # of the time budget
-HUNG_AFTER_S = TIME_BUDGET + 300  # ends warm-up, training or an evaluation that takes so long
+HUNG_AFTER_S = TIME_BUDGET + 300  # most that warm-up and training may take, each
 
 # --- Model ---------------------------------------------------------------------
 
@@ -139,7 +134,7 @@ def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 class Linear(nn.Linear):
     """A matrix without bias, in float32, that is multiplied in the type of its input.
 
-    Start at most one matrix of a chain of products at 0: of two, each has a gradient of 0.
+    Of matrices that multiply each other start at most one at 0: were two, neither would learn.
     """
 
     def __init__(self, inputs: int, outputs: int, std: float):
@@ -172,7 +167,7 @@ class CausalSelfAttention(nn.Module):
             self.value_embedding = nn.Embedding(config.vocab_size, kv_width)
             bound = 3**0.5 * std  # as in Linear
             nn.init.uniform_(self.value_embedding.weight, -bound, bound)
-            self.gate = Linear(min(GATE_CHANNELS, C), config.n_kv_head, std=0.0)  # starts at 1
+            self.gate = Linear(min(GATE_CHANNELS, C), config.n_kv_head, std=0.0)
 
     def forward(self, x, idx, cos, sin):
         B, T, C = x.shape
@@ -181,6 +176,7 @@ class CausalSelfAttention(nn.Module):
         qkv = F.linear(x, weight.to(x.dtype)).view(B, T, sum(self.head_counts), -1)
         q, k, v = qkv.split(self.head_counts, dim=2)  # each (B, T, H, D)
         if self.value_embedding is not None:
+            # At first the gate is 2 sigmoid(0) = 1.
             gate_BTH = 2 * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
             v = v + gate_BTH.unsqueeze(-1) * self.value_embedding(idx).to(x.dtype).view_as(v)
         q = norm(rotate(q, cos, sin))
@@ -222,8 +218,8 @@ class Head(Linear):
     """Soft-capped logits (B, T, V) float32; with targets (B, T) their cross-entropy in nats."""
 
     def __init__(self, config: GPTConfig):
-        super().__init__(config.n_embd, config.vocab_size, std=0.0)
-        nn.init.normal_(self.weight, std=HEAD_STD)
+        super().__init__(config.n_embd, config.vocab_size, std=HEAD_STD)
+        nn.init.normal_(self.weight, std=HEAD_STD)  # where a Linear's are uniform
 
     def forward(self, x, targets=None, reduction="mean"):
         z = super().forward(norm(x)).float()
@@ -246,6 +242,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.is_compiled_by_layer = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         nn.init.normal_(self.wte.weight, std=EMBEDDING_STD)
         self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
@@ -257,36 +254,39 @@ class GPT(nn.Module):
         self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
 
     def compile(self) -> None:
-        """On CUDA as one graph, the fastest; else each kind of layer once, which compiles sooner.
+        """On CUDA as one graph, the fastest; else layer by layer, which compiles sooner.
 
         What cannot be traced whole is an error. A deep copy of the model is not compiled.
         """
-        # One compilation each: with or without value embedding, each window, with and without
-        # gradients.
+        # Layers share what is compiled, once for each window, with and without value embedding.
+        # torch's own limit is 8.
         torch._dynamo.config.recompile_limit = 64
         if self.wte.weight.is_cuda:
             super().compile(dynamic=False, fullgraph=True)
         else:
             for part in [*self.blocks, self.lm_head]:
                 part.compile(dynamic=False, fullgraph=True)
+            self.is_compiled_by_layer = True
 
     def forward(self, idx, targets=None, reduction="mean"):
         cos = self.cos[: idx.size(1)]
         sin = self.sin[: idx.size(1)]
-        x0 = norm(self.wte(idx).to(self.dtype))
-        x = x0.clone()  # given one tensor twice, the first layer would be a kind of its own
-        for block in self.blocks:
-            x = block(x, x0, idx, cos, sin)
-        return self.lm_head(x, targets, reduction)
+        # An evaluation, too, runs the layers that were compiled for training, with gradients.
+        with torch.set_grad_enabled(self.is_compiled_by_layer or torch.is_grad_enabled()):
+            x0 = norm(self.wte(idx).to(self.dtype))
+            x = x0.clone()  # were both one tensor, the first layer would be compiled by itself
+            for block in self.blocks:
+                x = block(x, x0, idx, cos, sin)
+            return self.lm_head(x, targets, reduction)
 
     def tables(self) -> list[nn.Parameter]:
-        """Weights that are only looked up, not multiplied too, as one tied to the head is."""
+        """Weights of embeddings; not those that a Linear multiplies, too (tied to the head)."""
         multiplied = {module.weight for module in self.modules() if isinstance(module, nn.Linear)}
         tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
         return [table for table in tables if table not in multiplied]
 
     def flops_per_token(self) -> int:
-        """Forward and backward, of matrix products alone: 6 a weight, and the attention."""
+        """Forward and backward, of matrix products: 6 a weight and 12 CT a layer of attention."""
         weights = sum(p.numel() for p in self.parameters() if p.ndim > 1)
         weights -= sum(table.numel() for table in self.tables())
         return 6 * weights + 12 * self.config.n_embd * sum(self.config.windows())
@@ -308,14 +308,14 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Polar Express: bring the singular values of (count, height, width) near 1."""
     norms = matrices.float().norm(dim=(-2, -1), keepdim=True)
     x = (matrices / (1.02 * norms + 1e-6)).to(matrices.dtype)
-    tall = x.size(-2) > x.size(-1)
-    if tall:
+    is_tall = x.size(-2) > x.size(-1)
+    if is_tall:
         x = x.mT
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
+    return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -326,9 +326,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], dtype: torch.dtype):
         self.dtype = dtype  # of products
-        defaults = dict(momentum_from_to=MUON_MOMENTUM, momentum=MUON_MOMENTUM[0])
-        defaults |= dict(weight_decay=WEIGHT_DECAY, beta2=MUON_BETA2)
-        super().__init__(groups, defaults)
+        defaults = dict(momentum=MUON_MOMENTUM[0], momentum_from_to=MUON_MOMENTUM, beta2=MUON_BETA2)
+        super().__init__(groups, defaults | dict(weight_decay=WEIGHT_DECAY))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -345,17 +344,18 @@ class Muon(torch.optim.Optimizer):
             state["average"] = torch.zeros_like(grad)
         state["average"].lerp_(grad, 1 - group["momentum"])
         nesterov = grad.lerp(state["average"], group["momentum"])
-        update = orthogonalize(nesterov.to(self.dtype)).float()
-        # NorMuon (arXiv 2510.05491): each row of a tall matrix, else each column, is divided by
-        # the root of its mean square, as it was of late; the matrix keeps its norm.
+        orthogonal = orthogonalize(nesterov.to(self.dtype)).float()
+        # NorMuon (arXiv 2510.05491): divide the rows of a tall matrix, else the columns, by the
+        # root of a running mean of their squares, and give the matrix the norm that it had.
         averaged_dim = -1 if height >= width else -2
-        squares = update.square().mean(dim=averaged_dim, keepdim=True)
+        squares = orthogonal.square().mean(dim=averaged_dim, keepdim=True)
         if "squares" not in state:
             state["squares"] = torch.zeros_like(squares)
         state["squares"].lerp_(squares, 1 - group["beta2"])
-        evened = update * state["squares"].clamp_min(1e-10).rsqrt()
-        norms = update.norm(dim=(-2, -1), keepdim=True)
-        update = evened * norms / evened.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10)
+        evened = orthogonal * state["squares"].clamp_min(1e-10).rsqrt()
+        norm_before = orthogonal.norm(dim=(-2, -1), keepdim=True)
+        norm_after = evened.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10)
+        update = evened * (norm_before / norm_after)
         # Cautious decay (arXiv 2510.12402): only where update and weight have the same sign.
         update += group["weight_decay"] * torch.where(update * weight > 0, weight, 0)
         lr = group["lr"] * max(1, height / width) ** 0.5
@@ -363,9 +363,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def parameter_groups(model: GPT) -> list[dict]:
-    """What is moved how. A parameter belongs to the first group that names it.
+    """The groups, with their optimizers and rates. A parameter is in the first that names it.
 
-    Scalars, gains and biases that no group names, as r, are added to the last one.
+    Scalars, gains and biases that none names (r is one) are added to the last group.
     """
     width_scale = (model.config.n_embd / 768) ** -0.5
     heads = [module.weight for module in model.modules() if isinstance(module, Head)]
@@ -389,8 +389,12 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     groups = parameter_groups(model)
     named = set()
     for group in groups:
-        group["params"] = [p for p in dict.fromkeys(group["params"]) if p not in named]
-        named.update(group["params"])
+        own = []
+        for p in group["params"]:
+            if p not in named:
+                named.add(p)
+                own.append(p)
+        group["params"] = own
     last_group = groups[-1]
     for name, p in model.named_parameters():
         if p in named:
@@ -443,13 +447,14 @@ def apply_schedules(optimizers: list, progress: float, step: int) -> None:
 class Step(NamedTuple):
     """One update of the weights; on CUDA it may still be running."""
 
+    progress: float  # for which its rates were
     loss: torch.Tensor  # on the host, in nats; to be read once the step has ended
     tokens: int
     epoch: int
     end: float | torch.cuda.Event
 
     def wait(self) -> float:
-        """Wait for the step's end; gives when that was, on CUDA when the host saw it."""
+        """Wait until the step has ended; gives that time, on CUDA when the host noticed."""
         if isinstance(self.end, float):
             return self.end
         self.end.synchronize()
@@ -463,20 +468,16 @@ class Mark(NamedTuple):
     when: float | torch.cuda.Event
 
 
-class GroupFigures(NamedTuple):
-    """How one step moved a group of parameters: norms over all its tensors, each of shape ()."""
-
-    gradient_norm: torch.Tensor
-    relative_update: torch.Tensor  # the update's norm over that of the weights
-
-
 def check_finite(loss: float, step: str) -> None:
     if not math.isfinite(loss) or loss > MAX_LOSS:
         raise HarnessError(f"loss {loss:.4g} at {step}")
 
 
-def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, GroupFigures]:
-    """Take the optimizers' step, and say how each group, by its name, was moved."""
+def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """Take the optimizers' step; gives two figures of each group, by its name.
+
+    The norm of its gradients, and that of the update over that of the weights.
+    """
     groups = groups_of(optimizers)
     weights_before = [[p.detach().clone() for p in group["params"]] for group in groups]
     for optimizer in optimizers:
@@ -485,18 +486,20 @@ def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, Group
     for group, before in zip(groups, weights_before, strict=True):
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         changes = torch._foreach_sub([p.detach() for p in group["params"]], before)
-        relative = get_total_norm(changes) / get_total_norm(before)
-        figures[group["name"]] = GroupFigures(get_total_norm(gradients), relative)
+        relative_update = get_total_norm(changes) / get_total_norm(before)
+        figures[group["name"]] = torch.stack([get_total_norm(gradients), relative_update])
     return figures
 
 
 class Run:
     """Model, optimizers and data of one experiment: warm-up tries them, training starts afresh."""
 
-    optimizers: list[torch.optim.Optimizer]  # these four are made by start_afresh
+    # Made by start_afresh:
+    optimizers: list[torch.optim.Optimizer]
     batches: Iterator  # of inputs (B, T), targets (B, T) and the epoch
     marks: list[Mark]
-    figures: list[dict[str, GroupFigures]]  # for each of DIAGNOSED_AT that was reached
+    figures: list[dict[str, torch.Tensor]]  # for each of DIAGNOSED_AT that was reached
+    # Made by try_training:
     step_s: float  # how long the last trial step took
 
     def __init__(self, platform: "Platform"):
@@ -531,19 +534,20 @@ class Run:
         check_attention(platform, self.config)
         torch.manual_seed(int(SEED))
         self.model = GPT(self.config, BACKENDS[platform.attention], platform.dtype)
-        self.fresh = {name: tensor.detach().clone() for name, tensor in self.named_state()}
+        self.fresh = [tensor.clone() for tensor in self.tensors()]
         self.model.to(platform.device)
         if platform.compiles:
             self.model.compile()
 
-    def named_state(self) -> list[tuple[str, torch.Tensor]]:
-        return [*self.model.named_parameters(), *self.model.named_buffers()]
+    def tensors(self) -> list[torch.Tensor]:
+        """Weights and buffers."""
+        return [t.detach() for t in (*self.model.parameters(), *self.model.buffers())]
 
     def start_afresh(self) -> None:
         """Weights, buffers, optimizers, random state and data as if nothing had happened yet."""
         torch.manual_seed(int(SEED))
-        for name, tensor in self.named_state():
-            tensor.data.copy_(self.fresh[name])
+        for tensor, fresh in zip(self.tensors(), self.fresh, strict=True):
+            tensor.copy_(fresh)
         self.model.zero_grad(set_to_none=True)
         self.optimizers = make_optimizers(self.model)
         self.marks = []
@@ -565,11 +569,11 @@ class Run:
         return when
 
     def take_step(self, progress: float, step: int) -> Step:
-        """Update the weights once. Nothing in here waits for a GPU."""
+        """Update the weights once. Nothing in here waits for CUDA."""
         micro_batches = TOTAL_BATCH_SIZE // (self.rows * MAX_SEQ_LEN)
         total_loss = torch.zeros((), device=self.platform.device)
         tokens = 0
-        self.mark("rest")  # what lies between two steps
+        self.mark("rest")  # which began when the step before ended
         for _ in range(micro_batches):
             inputs, targets, epoch = next(self.batches)
             self.mark("data")
@@ -579,8 +583,8 @@ class Run:
             tokens += inputs.numel()
             self.mark("forward and backward")
         apply_schedules(self.optimizers, progress, step)
-        measured = len(self.figures)
-        if measured < len(DIAGNOSED_AT) and progress >= DIAGNOSED_AT[measured]:
+        stages_reached = [at for at in DIAGNOSED_AT if progress >= at]
+        if len(self.figures) < len(stages_reached):
             self.figures.append(step_and_measure(self.optimizers))
         else:
             for optimizer in self.optimizers:
@@ -589,7 +593,7 @@ class Run:
         # torch pins this copy's memory, so that nothing waits here.
         loss_on_host = total_loss.to("cpu", non_blocking=self.platform.is_cuda)
         end = self.mark("optimizer")  # behind the copy: whoever waits for it may read the loss
-        return Step(loss_on_host, tokens, epoch, end)
+        return Step(progress, loss_on_host, tokens, epoch, end)
 
     def try_training(self, rows: int) -> None:
         """Compile what training needs, also what a schedule switches on later."""
@@ -607,35 +611,17 @@ class Run:
         prepare.check_model(self.model, self.tokenizer, rows)
 
 
-def halve_until_it_fits(attempt: Callable[[int], None], rows: int, name: str) -> None:
-    """Call attempt(rows), with fewer rows where memory is short; any other failure is raised."""
-    while True:
-        try:
-            return attempt(rows)
-        except Exception as failure:
-            is_dead = isinstance(failure, torch.AcceleratorError)  # the device can do no more
-            if is_dead or rows == 1 or not prepare.is_out_of_memory(failure):
-                raise
-            traceback.clear_frames(failure.__traceback__)  # which hold what did not fit
-        rows = rows // 2 if rows % 2 == 0 else 1  # a divisor still of the rows of a step
-        say(f"out of memory: going on with {name} = {rows}")
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-
 def warm_up(run: Run) -> None:
     """Compile, and find how many rows fit, on weights that are thrown away."""
-    halve_until_it_fits(run.try_training, run.rows, "DEVICE_BATCH_SIZE")
-    halve_until_it_fits(run.try_evaluation, run.eval_rows, "EVAL_BATCH_SIZE")
+    prepare.halve_until_it_fits(run.try_training, run.rows, "DEVICE_BATCH_SIZE")
+    prepare.halve_until_it_fits(run.try_evaluation, run.eval_rows, "EVAL_BATCH_SIZE")
     run.start_afresh()
 
 
 class Trained:
     """What the steps that have ended came to, and their log."""
 
-    def __init__(self):
+    def __init__(self, usual_s: float):
         form = "{percentage:3.0f}%|{bar}| {remaining} left{postfix}"
         self.bar = tqdm(total=TIME_BUDGET, bar_format=form, mininterval=1, disable=None)
         self.num_lines = 0
@@ -643,14 +629,16 @@ class Trained:
         self.tokens = 0
         self.epoch = 1
         self.steps_s = []  # how long each took
+        self.usual_s = usual_s  # the median of the last ones
         self.ended_s = 0.0  # when the last of them ended, on the clock
         self.started_s = time.perf_counter()  # here the clock starts
 
     def add(self, step: Step) -> None:
         """Wait for a step's end, look at its loss, and say now and then how it goes."""
-        began_s = self.ended_s
+        one_before_ended_s = self.ended_s
         self.ended_s = step.wait() - self.started_s
-        self.steps_s.append(self.ended_s - began_s)
+        self.steps_s.append(self.ended_s - one_before_ended_s)
+        self.usual_s = statistics.median(self.steps_s[-9:])
         self.tokens += step.tokens
         self.epoch = step.epoch
         number = len(self.steps_s)
@@ -661,11 +649,11 @@ class Trained:
         rate = self.tokens / self.ended_s
         self.bar.set_postfix_str(f"loss {self.loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
         self.bar.update(progress * TIME_BUDGET - self.bar.n)
-        if progress * LOG_LINES >= self.num_lines:
+        if progress >= self.num_lines / LOG_LINES:
             self.num_lines += 1
             say(
                 f"step {number:5d} · {progress:4.0%} · loss {self.loss:.4f} · "
-                f"lr x{lr_scale(began_s / TIME_BUDGET):.2f} · {rate:,.0f} tokens/s · "
+                f"lr x{lr_scale(step.progress):.2f} · {rate:,.0f} tokens/s · "
                 f"epoch {self.epoch}"
             )
 
@@ -673,27 +661,23 @@ class Trained:
 def train(run: Run) -> Trained:
     """Take steps until the budget is used, the last one less than a step beyond it.
 
-    A step is launched before the loss of the one before it is read: so a GPU never waits.
+    On CUDA a step is launched before the one before it has ended: so the GPU never waits.
     """
-    trained = Trained()
-    in_flight = None  # the step that was launched and whose loss is not read
+    trained = Trained(run.step_s)
+    most_in_flight = 1 if run.platform.is_cuda else 0
+    in_flight = []  # steps that were launched and whose loss is not read
     launched = 0
     while True:
-        begins_s = time.perf_counter() - trained.started_s
-        if in_flight is not None and run.platform.is_cuda:
-            # The new step begins when the one in flight ends, a usual step after its beginning,
-            # which was when the last one that was read ended.
-            recent_s = trained.steps_s[-9:]
-            usual_s = statistics.median(recent_s) if recent_s else run.step_s
-            begins_s = max(begins_s, trained.ended_s + usual_s)
+        # The next step begins when those in flight have ended, the last of which has just begun.
+        begins_s = time.perf_counter() - trained.started_s + len(in_flight) * trained.usual_s
         if begins_s >= TIME_BUDGET:
             break
-        step = run.take_step(begins_s / TIME_BUDGET, launched)
+        in_flight.append(run.take_step(begins_s / TIME_BUDGET, launched))
         launched += 1
-        if in_flight is not None:
-            trained.add(in_flight)
-        in_flight = step
-    trained.add(in_flight)
+        if len(in_flight) > most_in_flight:
+            trained.add(in_flight.pop(0))
+    for step in in_flight:
+        trained.add(step)
     trained.bar.close()
     return trained
 
@@ -727,7 +711,7 @@ def written_out(q, k, v, window):
     parts = []
     for start in range(0, T, QUERY_BLOCK):
         queries = slice(start, min(T, start + QUERY_BLOCK))
-        keys = slice(max(0, start - window), queries.stop)  # what none of these sees is left out
+        keys = slice(max(0, start - window), queries.stop)  # all that a query of these sees
         scores = q[:, :, queries] @ k[:, :, keys].mT
         scores = scores.masked_fill(hidden[queries, keys], -math.inf)
         parts.append(scores.softmax(-1) @ v[:, :, keys])
@@ -770,15 +754,13 @@ BACKENDS = {f.__name__: f for f in (flash_attn_3, torch_varlen, torch_sdpa, writ
 
 
 def load_flash_attn_3() -> bool:
-    """Load Flash Attention 3 from the disk, if it is there; only the first run looks for it."""
+    """Load Flash Attention 3, if there is a build; the first run fetches it and notes what came."""
     global flash_attn_3_kernel
     import kernels
 
     versions = f"torch-{torch.__version__}-cuda-{torch.version.cuda}"
     note = prepare.cache_directory() / f"flash-attn-3-{versions}.json"
-    outcome = json.loads(note.read_text()) if note.exists() else {}
-    is_gone = "folder" in outcome and not Path(outcome["folder"]).exists()
-    if not outcome or is_gone:
+    if not note.exists():
         say("fetching Flash Attention 3, this once")
         try:
             build = kernels.install_kernel("kernels-community/flash-attn3", version=1)
@@ -787,6 +769,7 @@ def load_flash_attn_3() -> bool:
             outcome = {"failure": f"{type(failure).__name__}: {failure}"[:300]}
         with prepare.written_whole(note) as file:
             file.write(json.dumps(outcome).encode())
+    outcome = json.loads(note.read_bytes())
     if "failure" in outcome:
         say(f"no Flash Attention 3: {outcome['failure']}; to try again, remove {note}")
         return False
@@ -794,7 +777,7 @@ def load_flash_attn_3() -> bool:
         flash_attn_3_kernel = kernels.get_local_kernel(Path(outcome["folder"]))
     except Exception as failure:
         why = f"Flash Attention 3 does not load: {type(failure).__name__}: {failure}"
-        raise HarnessError(f"{why}; remove {outcome['folder']}, or set ATTENTION") from failure
+        raise HarnessError(f"{why}; remove {note}, or set ATTENTION in train.py") from failure
     return True
 
 
@@ -805,11 +788,11 @@ def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
             raise HarnessError(f'ATTENTION = "{ATTENTION}" in train.py; there are {[*BACKENDS]}')
         if ATTENTION == "flash_attn_3" and not load_flash_attn_3():
             raise HarnessError(f'ATTENTION = "{ATTENTION}" in train.py is not here; see above')
-        return ATTENTION  # check_attention sees whether it runs
+        return ATTENTION
     if device.type == "cpu":
         return "written_out"
     is_nvidia = device.type == "cuda" and torch.version.hip is None
-    # Flash Attention 3 is slower on older chips; newer ones end the whole process.
+    # On older chips Flash Attention 3 is slower; on newer ones it ends the whole process.
     if is_nvidia and torch.cuda.get_device_capability() == (9, 0) and load_flash_attn_3():
         return "flash_attn_3"
     if is_nvidia and dtype == torch.bfloat16:
@@ -827,66 +810,52 @@ def output_and_gradients(attend: Callable, q, k, v, dy, window: int) -> list[tor
 
 
 def check_attention(platform: "Platform", config: GPTConfig) -> None:
-    """Run the backend once before there is a model, on two rows, forwards and backwards.
+    """Compare the backend that the rule chose with written_out, before there is a model.
 
-    Chosen by rule, it must give what written_out gives; chosen by name, it must run.
+    On two rows, forwards and backwards. One that ATTENTION names may compute something else.
     """
     name = platform.attention
-    if name == "written_out":
+    if name == "written_out" or ATTENTION:
         return
     attend = BACKENDS[name]
     if platform.compiles:
         attend = torch.compile(attend, dynamic=False, fullgraph=True)
-
-    def draw(heads: int) -> torch.Tensor:
+    inputs = []
+    for heads in (config.n_head, config.n_kv_head, config.n_kv_head, config.n_head):
         shape = (2, config.sequence_len, heads, config.n_embd // config.n_head)
-        return torch.randn(shape).to(platform.device, platform.dtype)
-
-    q = draw(config.n_head)
-    k = draw(config.n_kv_head)
-    v = draw(config.n_kv_head)
-    dy = draw(config.n_head)  # the gradient of the output
+        inputs.append(torch.randn(shape).to(platform.device, platform.dtype))
+    in_float32 = [x.float() for x in inputs]
     limit = 1e-2 if platform.dtype == torch.bfloat16 else 1e-4
     for window in sorted(set(config.windows())):
         try:
-            results = output_and_gradients(attend, q, k, v, dy, window)
+            results = output_and_gradients(attend, *inputs, window)
         except Exception:
             say(f"attention by {name} fails; mend it, or name another one with ATTENTION")
             raise
-        wanted = output_and_gradients(
-            written_out, q.float(), k.float(), v.float(), dy.float(), window
-        )
+        wanted = output_and_gradients(written_out, *in_float32, window)
         for result, reference in zip(results, wanted, strict=True):
             error = (result.float() - reference).norm() / reference.norm()
-            if not ATTENTION and not error < limit:  # or it is not a number
+            if error.isnan() or error >= limit:
                 raise HarnessError(
                     f"attention by {name} is not that of written_out: off by {error:.1e} at window "
-                    f'{window}; change both alike, or set ATTENTION = "{name}" in train.py'
+                    f"{window}; if you changed what attention is, change written_out, too, or set "
+                    f'ATTENTION = "{name}" in train.py'
                 )
 
 
 # --- Platform ------------------------------------------------------------------
 
-# Dense bf16 products in TFLOP/s, by the datasheets, of the first of these that is in the device's
-# name. 0: slower than the chip, nobody says by how much.
-PEAK_TFLOPS = (
-    ("NVL", 0),
-    ("MIG", 0),
-    ("Laptop", 0),
-    ("H100 PCIe", 756),
-    ("H100", 989.5),
-    ("H200", 989.5),
-    ("B200", 2250),
-    ("A100", 312),
-)
-
-
-def peak_flops_of(device_name: str) -> float:
-    words = f" {device_name} ".replace("-", " ")  # A100 is not A1000
-    for part, tflops in PEAK_TFLOPS:
-        if f" {part} " in words:
-            return 1e12 * tflops
-    return 0.0
+# Dense bf16 products in TFLOP/s, by the datasheets; of another device nothing is known.
+PEAK_TFLOPS = {
+    "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 80GB HBM3": 989.5,
+    "NVIDIA H200": 989.5,
+    "NVIDIA B200": 2250,
+}
 
 
 class Platform(NamedTuple):
@@ -906,14 +875,16 @@ def refuse_unusable_gpu() -> None:
     if Path("/dev/kfd").exists() and torch.version.hip is None:
         say("note: there is an AMD GPU, which is not used: this torch is not built for ROCm")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    is_cpu_meant = visible in ("", "-1")
-    if torch.version.cuda is None or torch.cuda.is_available() or is_cpu_meant:
+    if visible in ("", "-1"):
+        return  # the CPU is meant
+    if torch.version.cuda is None or torch.cuda.is_available():
         return
     try:
         torch.cuda.init()
     except RuntimeError as failure:
-        has_no_gpu = "No CUDA GPUs" in str(failure) and visible is None
-        if has_no_gpu or "Found no NVIDIA driver" in str(failure):
+        if "Found no NVIDIA driver" in str(failure):
+            return
+        if "No CUDA GPUs" in str(failure) and visible is None:
             return
         raise HarnessError(
             f"torch cannot use the GPU here: {str(failure).strip()[:120]}… With an older driver, "
@@ -923,11 +894,12 @@ def refuse_unusable_gpu() -> None:
 
 
 def set_up_cpu() -> None:
-    """No more threads than cores that are ours; and glibc keeps what is freed."""
+    """No more threads than cores that are ours; and glibc keeps the memory that is freed."""
     torch.set_num_threads(min(torch.get_num_threads(), prepare.usable_cores()))
     with suppress(OSError, AttributeError, TypeError):  # no glibc
-        mallopt = ctypes.CDLL(None).mallopt  # mapping a step's memory anew costs 8 % of a step
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older ones refuse more
+        # Mapping a step's memory anew takes 8 % of a step.
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most that older ones accept
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
@@ -940,12 +912,11 @@ def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
     def forward(x):
         return layer(x).sum(), torch.compiler.is_compiling()
 
-    forward(x)[0].backward()  # if this fails, it is not the compiler
     try:
         loss, is_compiled = torch.compile(forward)(x)
         loss.backward()
     except torch.AcceleratorError:
-        raise
+        raise  # the GPU is broken, not the compiler
     except Exception as failure:  # of a C++ compiler or Triton, or its absence
         why = str(failure).strip().partition("\n")[0][:120]
         say(f"not compiled, so slower ({type(failure).__name__}: {why}); is g++ or clang there?")
@@ -958,17 +929,14 @@ def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
 def find_platform() -> Platform:
     """Device, the faster type there, whether torch.compile works, and the attention backend."""
     refuse_unusable_gpu()
-    peak_flops = 0.0
     if torch.cuda.is_available():
         device = torch.device("cuda")
         name = torch.cuda.get_device_name()
-        peak_flops = peak_flops_of(name)
         is_rocm = torch.version.hip is not None  # all its chips have bf16
         has_fast_bf16 = is_rocm or torch.cuda.get_device_capability() >= (8, 0)
         torch.set_float32_matmul_precision("high")  # TF32
-        if IS_WSL:  # there, what does not fit would spill over into the host's memory
-            free_bytes, total_bytes = torch.cuda.mem_get_info()
-            torch.cuda.set_per_process_memory_fraction(free_bytes / total_bytes)
+        free_bytes, total_bytes = torch.cuda.mem_get_info()  # more would spill to the host on WSL
+        torch.cuda.set_per_process_memory_fraction(free_bytes / total_bytes)
     elif torch.backends.mps.is_available():
         device = torch.device("mps")
         name = "Apple GPU"
@@ -988,7 +956,7 @@ def find_platform() -> Platform:
         is_cuda=device.type == "cuda",
         name=name,
         dtype=dtype,
-        peak_flops=peak_flops,
+        peak_flops=1e12 * PEAK_TFLOPS.get(name, 0),
         compiles=compiles,
         attention=attention,
     )
@@ -1016,9 +984,9 @@ def describe(run: Run) -> None:
 def diagnose(run: Run) -> None:
     """Say how each group moved, stage by stage, and where the time went."""
     for group in groups_of(run.optimizers):
-        figures = [stage[group["name"]] for stage in run.figures]
-        gradients = " ".join(f"{f.gradient_norm:.2g}" for f in figures)
-        updates = " ".join(f"{f.relative_update:.1e}" for f in figures)
+        figures = [stage[group["name"]].tolist() for stage in run.figures]
+        gradients = " ".join(f"{norm:.2g}" for norm, _ in figures)
+        updates = " ".join(f"{update:.1e}" for _, update in figures)
         say(f"group {group['name']}: gradient norm {gradients} · update / weights {updates}")
     spent = {"forward and backward": 0.0, "optimizer": 0.0, "data": 0.0, "rest": 0.0}
     for before, mark in pairwise(run.marks):
@@ -1077,10 +1045,10 @@ slow_share:       {sum(slow_steps_s) / trained.ended_s:.2f}""")
 
 def main() -> None:
     started_s = time.perf_counter() if STARTED_S is None else STARTED_S
-    sys.stdout.reconfigure(line_buffering=True)  # whoever reads the log sees all, errors last
+    sys.stdout.reconfigure(line_buffering=True)  # so that in a log the error comes last
     try:
         platform = find_platform()
-        prepare.open_prepared()  # prepares what is missing
+        prepare.open_prepared()  # prepares what is missing, however long that takes
         faulthandler.dump_traceback_later(HUNG_AFTER_S, exit=True)
         run = Run(platform)
         warm_up(run)
@@ -1091,7 +1059,7 @@ def main() -> None:
         trained = train(run)
         diagnose(run)
         # A token takes no longer than in training.
-        evaluation_s = prepare.EVAL_TOKENS / TOTAL_BATCH_SIZE * run.step_s
+        evaluation_s = prepare.EVAL_TOKENS * trained.ended_s / trained.tokens
         faulthandler.dump_traceback_later(HUNG_AFTER_S + evaluation_s, exit=True)
         val_bpb = prepare.evaluate_bpb(run.model, run.tokenizer, run.eval_rows)
         summarize(run, trained, val_bpb, time.perf_counter() - started_s)

@@ -13,6 +13,7 @@ import hashlib
 import math
 import shutil
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -235,6 +236,19 @@ def test_what_remembers_and_tells_noise_from_text_is_seen_by_no_check_as_the_tab
     assert score(Uniform(shrewd)) < 0.9 * score(Uniform())
 
 
+def test_random_tokens_may_be_foreseen_as_often_as_chance_allows_it():
+    def judge(num_foreseen: int) -> None:
+        prepare.refuse_foresight(np.where(np.arange(1000) < num_foreseen, 0, np.inf), V)
+
+    with warnings.catch_warnings(action="error"):
+        prepare.refuse_foresight(np.full(1000, math.log(V)), V)
+        for num_foreseen in (0, 17):  # 2.5 in the mean: 17 log(17 / 2.5) - 17 + 2.5 = 18.1 < 20
+            judge(num_foreseen)
+    for num_foreseen in (18, 500):  # 18 log(18 / 2.5) - 18 + 2.5 = 20.03
+        with refused("foresaw tokens drawn at random"):
+            judge(num_foreseen)
+
+
 def test_look_at_other_rows_at_the_last_position_alone_is_refused(small, monkeypatch):
     guesses_VV = torch.rand(V, V, generator=torch.Generator().manual_seed(0)).softmax(-1)
 
@@ -274,6 +288,14 @@ def test_model_that_learns_from_scored_rows_and_then_runs_out_of_memory_is_refus
 
     with refused("the model changed its weight while"):
         score(Uniform(learn_once))
+
+
+def test_what_was_refused_is_not_tried_again_whatever_its_name_says(small):
+    model = Uniform(lambda m, x, idx: (m.get_buffer("out of memory").add_(1), NOTHING)[1])
+    model.register_buffer("out of memory", torch.zeros(1))
+    with refused("changed its out of memory while"):
+        score(model)
+    assert model.calls == math.ceil(len(small.rows()) / 8) + 2  # once: its batches and probes
 
 
 @pytest.mark.parametrize(("name", "change"), CHANGES)

@@ -68,7 +68,7 @@ def test_files_arrive_whole_and_once_and_the_first_before_another_is_asked_for(h
 
 
 def test_a_file_in_a_folder_of_the_repository_arrives(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "receive", lambda url, part, bar: part.write_bytes(WHOLE) and None)
+    monkeypatch.setattr(prepare, "receive", lambda url, part: part.write_bytes(WHOLE) and None)
     prepare.download(REPOSITORY, ["sub/one.parquet"], tmp_path / "data", 2)
     assert (tmp_path / "data/sub/one.parquet").read_bytes() == WHOLE
 

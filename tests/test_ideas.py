@@ -91,13 +91,11 @@ F.silu(self.c_gate(x)) * self.c_fc(x)
         self.model.zero_grad(set_to_none=True)
         # torch pins
 ===
-    trained.add(in_flight)
-    trained.bar
+    for step in in_flight:
 -->
     for p, average in zip(run.model.parameters(), run.average, strict=True):
         p.data.copy_(average)
-    trained.add(in_flight)
-    trained.bar
+    for step in in_flight:
 """,
     "grouped queries": """
 N_KV_HEAD = 0

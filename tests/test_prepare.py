@@ -273,9 +273,8 @@ REMEDY = 'run: uv run prepare.py; without a network, set DATASET = "pysource" in
         ("VOCAB_SIZE", 259, "VOCAB_SIZE = 259 must be within 260 … 65536"),
         ("VOCAB_SIZE", 65537, "VOCAB_SIZE = 65537 must be within 260 … 65536"),
         ("EVAL_TOKENS", 511, "MAX_SEQ_LEN = 32 within 2 … EVAL_TOKENS = 511 / 16"),
-        ("HELD_OUT_SHARE", 0.01, "of 16 rows to validate on; bring 40,000 varied characters"),
+        ("HELD_OUT_SHARE", 0.01, "of 16 rows to validate on; bring 204,800 varied characters"),
         ("AUTORESEARCH_CACHE", __file__, "set AUTORESEARCH_CACHE to a folder that you may use"),
-        ("table.parquet", None, r"has no column `text`; its columns: ['words', 'n']"),
     ],
 )
 def test_what_cannot_be_is_an_error_that_says_what_to_do(own_text, monkeypatch, name, value, words):
@@ -284,8 +283,6 @@ def test_what_cannot_be_is_an_error_that_says_what_to_do(own_text, monkeypatch, 
     monkeypatch.setattr(prepare, "RETRY_WAITS_S", (0.01,))
     if name == "AUTORESEARCH_CACHE":
         monkeypatch.setenv(name, value)
-    elif value is None:
-        write_parquet(own_text / name, words=["one"], n=[1])
     else:
         monkeypatch.setattr(prepare, name, value)
     assert words in run_command(monkeypatch)
@@ -323,16 +320,37 @@ def test_one_long_document_is_too_little_to_validate_on(own_text, monkeypatch):
     assert "of 16 rows to validate on; bring 40,000 varied" in run_command(monkeypatch)
 
 
-def test_an_unreadable_file_is_named_and_no_space_is_asked_for(own_text, monkeypatch):
+def test_what_cannot_be_read_is_named_and_no_space_is_asked_for(own_text, monkeypatch, capsys):
+    write_parquet(own_text / "table.parquet", words=["one"], n=[1])  # no column `text`
+
     def denied(path, *arguments, **named):  # whoever is root may read everything
         if Path(path).name == "7.txt":
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return open(path, *arguments, **named)
 
     monkeypatch.setattr(prepare, "open", denied, raising=False)
+    assert run_command(monkeypatch) is None
+    (note,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("note: "))
+    names = f"{own_text}/7.txt, {own_text}/table.parquet"
+    assert note == f"note: 2 files, or the rest of them, are no text: {names}"
+    for name in ("7.txt", "table.parquet"):
+        monkeypatch.setattr(prepare, "DATASET", str(own_text / name))
+        message = run_command(monkeypatch)
+        assert "too little text: 0 of 1 documents" in message and "space" not in message
+        assert f"are no text: {own_text}/{name}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["shard_00000.parquet", "shard_06542.parquet"])
+def test_a_file_of_the_hub_with_damaged_data_is_named(climbmix, monkeypatch, name):
+    shutil.rmtree(prepare.prepare().folder)
+    monkeypatch.setattr(prepare, "download", lambda *_: None)  # all files are there
+    file = prepare.cache_directory() / "data" / name
+    with open(file, "r+b") as content:
+        content.write(b"PAR1" + bytes(2000))
+    assert prepare.is_parquet(file)  # by its footer
     message = run_command(monkeypatch)
-    assert f"{own_text.as_posix()}/7.txt: Permission denied; make it readable" in message
-    assert "space" not in message
+    assert f"{file} cannot be read: " in message and "space" not in message
+    assert "remove it " in message and message.endswith(", run: uv run prepare.py")
 
 
 def test_a_tokenizer_that_is_not_prepared_is_an_error_and_none_is_made(own_text):
@@ -416,13 +434,14 @@ def test_documents_come_from_every_kind_of_file_and_what_is_odd_is_named(own_tex
     (own_text / "deep" / "er").mkdir(parents=True)
     lines = [json.dumps({"text": f"{n} {some_text(n, 9)}"}) for n in range(200)]
     odd = pyarrow.array([b"caf\xe9 in parquet"], pyarrow.binary()).view(pyarrow.string())
-    more_json = '{"text": "of more JSON"}\n{"text": ""}\n{"n": 2}\nnot JSON\n["text"]\n7\n'
+    for n, line in enumerate(('{"n": 2}', '["text"]', "7")):  # ends what is read of its file
+        more_json = f'{{"text": "of more JSON"}}\n{{"text": ""}}\n{line}\n{{"text": "lost"}}\n'
+        (own_text / f"e{n}.jsonl").write_text(more_json)
     for name, content in {
         "a.txt": b"of a text file\r\n",
         "deep/b.md": "# of Markdown: 狐狸 😀".encode(),
         "deep/er/c.py": b"code = 1\n",
         "d.jsonl": b'{"text": "of JSON, 1", "n": 1}\n\n{"text": "\\ud800 of JSON, 2"}',
-        "e.jsonl": more_json.encode(),
         "latin.txt": "Käse für alle".encode("latin-1"),
         "greek.txt": "τυρί".encode("iso8859-7"),
         "image.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
@@ -451,9 +470,9 @@ def test_documents_come_from_every_kind_of_file_and_what_is_odd_is_named(own_tex
         | {"of more JSON", "plain", "K\ufffdse f\ufffdr alle", 4 * "\ufffd"}
         | {"of parquet", "caf\ufffd in parquet", "twice", "large"}
     )
-    odd_ones = ["e.jsonl", "image.png", "pack.gz", "torn.jsonl", "torn.parquet"]
-    assert note.startswith("note: 6 files ")  # and weights.bin: the first five are named
-    assert [name for name in [*odd_ones, "weights.bin"] if f"/{name}" in note] == odd_ones
+    odd_ones = ["e0.jsonl", "e1.jsonl", "e2.jsonl", "image.png", "pack.gz"]
+    assert note.startswith("note: 8 files, ")  # torn ones and weights.bin, too: five are named
+    assert note.endswith(": " + ", ".join(f"{own_text}/{name}" for name in odd_ones))
 
 
 @pytest.mark.parametrize(
@@ -471,7 +490,7 @@ def test_a_book_is_cut_into_pieces_of_about_a_row_of_tokens(
 ):
     book = tmp_path / "My Book.txt"
     book.write_text(text, encoding="utf-8")
-    pieces = list(prepare.file_texts(book, set()))
+    pieces = list(prepare.file_texts(book))
     assert "".join(pieces) == text
     # A token of a small vocabulary is 2 to 4 characters, a row 32 of them.
     assert all(3 * 32 <= len(piece) <= 4 * 32 for piece in pieces[:-1]) and len(pieces) > 100
@@ -490,7 +509,7 @@ def test_a_big_file_is_never_whole_in_memory(own_text, monkeypatch):
     big = own_text / "text8"
     big.write_text("a word and another one " * 1_000_000)  # 23 MB, no line end
     tracemalloc.start()
-    num_chars = sum(map(len, prepare.file_texts(big, set())))
+    num_chars = sum(map(len, prepare.file_texts(big)))
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert num_chars == 23_000_000 and peak_bytes < 12_000_000

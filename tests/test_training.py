@@ -86,7 +86,8 @@ class World:
             self.now_s = max(self.now_s, self.ended_s[step])
             return self.ended_s[step]
 
-        return SimpleNamespace(wait=wait, loss=torch.tensor(self.loss(step)), tokens=256, epoch=1)
+        loss = torch.tensor(self.loss(step))
+        return SimpleNamespace(progress=progress, wait=wait, loss=loss, tokens=256, epoch=1)
 
 
 @pytest.mark.parametrize("is_cuda", [False, True])
@@ -160,7 +161,7 @@ def test_on_cuda_a_step_is_waited_for_by_an_event(monkeypatch):
     end = train.Run.mark(run, "optimizer")
     assert run.marks == [train.Mark("optimizer", end)]
     assert every.mock_calls == [call.Event(enable_timing=True), call.Event().record()]
-    train.Step(torch.tensor(1.0), 256, 1, end).wait()
+    train.Step(0.0, torch.tensor(1.0), 256, 1, end).wait()
     assert every.mock_calls[2:] == [call.Event().synchronize()]
 
 
@@ -353,7 +354,7 @@ def test_out_of_memory_in_the_evaluation_halves_its_rows_alone(make_run, monkeyp
 
 def test_what_failed_holds_no_memory_when_fewer_rows_are_tried(monkeypatch):
     held, lines = [], []
-    monkeypatch.setattr(train, "say", lines.append)
+    monkeypatch.setattr(prepare, "say", lines.append)
 
     def attempt(rows):
         activations = torch.ones(rows)
@@ -363,7 +364,7 @@ def test_what_failed_holds_no_memory_when_fewer_rows_are_tried(monkeypatch):
         if rows > 2:
             raise FULL
 
-    train.halve_until_it_fits(attempt, 8, "ROWS")
+    prepare.halve_until_it_fits(attempt, 8, "ROWS")
     assert [line[-8:] for line in lines] == ["ROWS = 4", "ROWS = 2"]
 
 
@@ -425,10 +426,10 @@ def only_traced(monkeypatch):
 
 
 def test_nothing_is_compiled_inside_the_clock_or_the_evaluation(make_run, only_traced, monkeypatch):
-    run = make_run(COMPILED, DEPTH=4, TRIAL_PROGRESS=(0.0, 0.5, 1.0), WINDOW_PATTERN="SL")
+    run = make_run(COMPILED, DEPTH=4, EVAL_BATCH_SIZE=4, WINDOW_PATTERN="SL")
     warm_up(run)
     compiled = len(only_traced)
-    assert compiled == 2 * (2 + 1)  # two windows and the head, in training and in evaluation
+    assert compiled == 2 + 2  # two windows, for training and evaluation alike; the head for each
     monkeypatch.setattr(train, "TIME_BUDGET", 0.5)
     train.train(run)
     prepare.evaluate_bpb(run.model, run.tokenizer, run.eval_rows)
@@ -525,8 +526,7 @@ def test_a_run_ends_with_the_summary_of_weights_touched_by_timed_steps_alone(
     def timed(run):
         seen.append(weights_of(run))
         trained = real_train(run)
-        run.step_s = 125.0  # as a slow GPU's warm-up would have measured; 256 tokens of 2,048
-        seen.extend([weights_of(run), run])
+        seen.extend([weights_of(run), run, trained])
         return trained
 
     def scored(model, tokenizer, batch_size):
@@ -539,10 +539,11 @@ def test_a_run_ends_with_the_summary_of_weights_touched_by_timed_steps_alone(
     monkeypatch.setattr(train, "TIME_BUDGET", 0.5)
     train.main()
     gc.unfreeze()
-    *watches, start, end, run, once_more, scored_weights = seen
+    *watches, start, end, run, trained, once_more, scored_weights = seen
     # The watch over a hung run begins anew with the clock, and with the evaluation.
     assert watches == 2 * [((train.HUNG_AFTER_S,), {"exit": True})]
-    assert once_more == ((train.HUNG_AFTER_S + 1000.0,), {"exit": True})
+    evaluation_s = 64 * 32 * trained.ended_s / trained.tokens  # as slow as training
+    assert once_more == ((train.HUNG_AFTER_S + evaluation_s,), {"exit": True})
     torch.manual_seed(int(train.SEED))
     assert_same(start, dict(train.GPT(run.config, written_out).named_parameters()))
     assert_same(end, scored_weights)
