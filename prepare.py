@@ -4,9 +4,9 @@
 
 One way through it, downwards: text, tokens, rows, batches, number.
 
-B batch (rows) · T time (positions of a row) · V vocabulary · N scored rows · P batches of probes. A
-row holds T + 1 tokens: inputs are its first T, targets its last T. No text contains BOS; it starts
-every document and every row.
+B batch (rows) · T time (positions of a row) · V vocabulary · N scored rows · P probes. A row
+holds T + 1 tokens: inputs are its first T, targets its last T. No text contains BOS; it starts
+every document, every row, and in rows every piece of a document.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 # --- Benchmark constants ------------------------------------------------------
-# What is measured: the benchmark id tells what they made. Without CUDA the numbers are smaller.
+# They define what is measured, and with it the benchmark id. Without CUDA numbers are smaller.
 
 _CUDA = torch.cuda.is_available()
 # climbmix, tinystories, pysource, or the path of a folder or file of your own.
@@ -73,7 +73,8 @@ progress_bar = partial(tqdm, disable=None, unit_scale=True, leave=False)
 
 
 def cache_directory() -> Path:
-    return Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
+    folder = os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch"
+    return Path(folder).expanduser().absolute()
 
 
 def __getattr__(name: str) -> str:
@@ -155,15 +156,19 @@ PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
 # Left out, as they differ between platforms:
 PYSOURCE_SKIPS = ("__config__.py", "_distributor_init.py", "_distributor_init_local.py")
 
-# Of local text, the documents with the lowest hashes are held out: a fair sample of every folder
-# and topic. As many bytes as the smaller of these two limits allows:
-HELD_OUT_SHARE = 0.1  # of all text
-HELD_OUT_BYTES = 4 * 3  # for each of EVAL_TOKENS: a token has about 4, and packing keeps a third
+# Of local text, the documents with the lowest hashes are held out until either limit is reached: a
+# fair sample of every folder and topic.
+HELD_OUT_SHARE = 0.1  # of the bytes of all text
+HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS: a token has about 4, and a third of them is packed
 SHARD_BYTES = 256 << 20  # of local text, about
 
 
+# What reading a file that is no text, is damaged, or may not be read can raise:
+UNREADABLE = (OSError, pyarrow.ArrowException, ValueError, LookupError, TypeError, AttributeError)
+
+
 class Unreadable(HarnessError):
-    """A file that is no text, is damaged, or may not be read."""
+    """A file of which the rest, or all, cannot be read."""
 
 
 def own_path() -> Path:
@@ -171,7 +176,7 @@ def own_path() -> Path:
 
 
 def dataset_name() -> str:
-    """In the benchmark id: the same wherever a person's own text lies."""
+    """For the benchmark id: the last part of a path, so that it says nothing of where text lies."""
     return re.sub(r"\W+", "-", own_path().stem).strip("-").lower() or "text"
 
 
@@ -193,20 +198,22 @@ def local_files() -> list[Path]:
     return files
 
 
-@cache  # once a process: text that changes meanwhile must not move what was prepared
+@cache  # once a process (and a DATASET): text that changes meanwhile must not move what is prepared
 def listing(dataset: str) -> list[tuple[str, int, float]]:
-    """Names, sizes and times of the files of a person's own text, which DATASET names."""
+    """Names, sizes and times of the files of a person's own text."""
     return [(f.as_posix(), f.stat().st_size, f.stat().st_mtime) for f in local_files()]
 
 
 def text_pieces(file: TextIO) -> Iterator[str]:
-    """Cut text into documents of `least` to `most` characters, at best before an unindented line
-    after a blank one: of pysource definitions, of a person's own text about rows of tokens.
+    """Cut text into documents of about `least` to `most` characters.
+
+    They end, where it can be, before an unindented line after a blank one. So documents of pysource
+    are about its definitions; those of other text are about as long as a row.
     """
     if DATASET == "pysource":
         least = 200
         most = 1 << 20
-    else:  # a token has 3 or 4 characters
+    else:  # a token is 3 or 4 characters of English or code
         least = 3 * MAX_SEQ_LEN
         most = 4 * MAX_SEQ_LEN
     piece = ""
@@ -239,11 +246,13 @@ def file_texts(path: Path) -> Iterator[str]:
                 return
             for line in filter(str.strip, file):
                 # JSON can hold lone surrogates, UTF-8 cannot.
-                yield json.loads(line)["text"].encode(errors="replace").decode()
-    except Exception as failure:  # whatever reading bytes, a table or JSON can raise
+                text = json.loads(line)["text"] or ""
+                yield text.encode(errors="replace").decode()
+    except UNREADABLE as failure:
         why = f"{path} cannot be read: {type(failure).__name__}: {' '.join(str(failure).split())}"
-        remedy = "remove it (with its folder, if that is named documents), run: uv run prepare.py"
-        raise Unreadable(f"{why}; {remedy}") from failure
+        # A copy of local text is one folder, which is made as a whole.
+        broken = path.parent if path.parent.name == "documents" else path
+        raise Unreadable(f"{why}; remove {broken}, run: uv run prepare.py") from failure
 
 
 def gather_local_text(directory: Path) -> None:
@@ -288,7 +297,8 @@ def gather_local_text(directory: Path) -> None:
 
 
 def too_little_text(found: int, needed: int, what: str) -> HarnessError:
-    for_rows = round(LEAST_ROWS * MAX_SEQ_LEN * 4 / HELD_OUT_SHARE)  # a token has about 4
+    # At the very least: a token is about 4 characters.
+    for_rows = round(LEAST_ROWS * MAX_SEQ_LEN * 4 / HELD_OUT_SHARE)
     chars = max(100 * VOCAB_SIZE, for_rows)
     return HarnessError(
         f'DATASET = "{DATASET}" has too little text: {found} of {needed} {what}; bring '
@@ -346,8 +356,8 @@ def download_file(url: str, path: Path) -> None:
     """Fetch into `path`.part, with which a next call goes on, and rename it once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    longest = size_of(part)  # that it ever was: to fetch the same bytes again is no progress
-    failures = 0  # in a row
+    longest = size_of(part)  # that it was so far
+    failures = 0  # since it grew beyond that
     while True:
         try:
             digest = receive(url, part)
@@ -355,13 +365,14 @@ def download_file(url: str, path: Path) -> None:
                 os.replace(part, path)
                 return
             part.unlink(missing_ok=True)
-            raise requests.RequestException(f"{url} gave other bytes than the file's")
-        except requests.RequestException:
-            if size_of(part) > longest:
-                longest = size_of(part)
-                failures = 0
-            if failures == len(RETRY_WAITS_S):
-                raise
+            problem = requests.RequestException(f"{url} gave other bytes than the file's")
+        except requests.RequestException as failure:
+            problem = failure
+        if size_of(part) > longest:
+            longest = size_of(part)
+            failures = 0
+        if failures == len(RETRY_WAITS_S):
+            raise problem
         time.sleep(RETRY_WAITS_S[failures])
         failures += 1
 
@@ -382,7 +393,7 @@ def download(repository: str, names: list[str], directory: Path, workers: int) -
     try:
         fetch(missing[0])
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(fetch, missing[1:]))  # at a failure it begins no more files
+            list(pool.map(fetch, missing[1:]))  # ends at the first failure in this order
     except (requests.RequestException, HarnessError) as failure:
         lost = [name for name in missing if not is_parquet(directory / name)]
         raise HarnessError(
@@ -460,7 +471,7 @@ class Tokenizer:
         return len(self.ranks)
 
     def encode(self, text: str | list[str], prepend: int | str | None = None, num_threads: int = 8):
-        """The ids of a text, or a list of them for each of several. Text is never a special token.
+        """The ids of a text, or of several a list of such lists. No text is a special token.
 
         `prepend`, the number or the text of a token, comes before each: `prepend=BOS_TOKEN`.
         """
@@ -506,9 +517,9 @@ BUFFER_SIZE = 1000  # pieces among which the packing chooses
 
 
 class Piece(NamedTuple):
-    """A stretch of a file of tokens. A row has BOS in place of the first of them.
+    """tokens[start : start + length] of a file, of which a row replaces the first by BOS.
 
-    In the file that is a BOS, too, or the last token of the piece before.
+    The beginning of a document starts at its BOS; what continues a document, a token early.
     """
 
     start: int
@@ -527,11 +538,11 @@ def beginnings(documents: list[Piece], most: int) -> list[Piece]:
 
 
 def rests(documents: list[Piece], most: int) -> list[Piece]:
-    """What follows the beginnings, in pieces of at most `most` tokens, the first one repeated."""
+    """What follows the beginnings, in pieces of at most `most` tokens."""
     step = most - 1
     pieces = []
     for start, length in documents:
-        for offset in range(step, length - 1, step):  # a piece has at least one new token
+        for offset in range(step, length - 1, step):  # a token early: one that is served already
             pieces.append(Piece(start + offset, min(length - offset, most)))
     return pieces
 
@@ -539,11 +550,11 @@ def rests(documents: list[Piece], most: int) -> list[Piece]:
 def pack_rows(
     pieces: Iterable[Piece], row_tokens: int, buffer_size: int = BUFFER_SIZE, keep_rest=False
 ) -> Iterator[list[Piece]]:
-    """Pack pieces into full rows by the reference's rule.
+    """Best-fit packing into full rows, by the rule of the reference (karpathy/autoresearch).
 
     Of a buffer of pieces take the longest that still fits; when none does, cut the shortest to fill
     the row. Of equals take the first that arrived. What is cut off is lost; with `keep_rest`, for
-    training, it goes back into the buffer, as a piece that arrived when its document did.
+    training, it goes back into the buffer under the same number of arrival.
     """
     arriving = enumerate(pieces)
     buffer: list[tuple[int, int, int]] = []  # (length, number of arrival, start), sorted
@@ -555,17 +566,17 @@ def pack_rows(
                 insort(buffer, (length, number, start))
             if not buffer:
                 return  # without the last row, which is not full
-            num_fitting = bisect_left(buffer, (room + 1,))  # (n,) sorts before all of length n
+            num_fitting = bisect_left(buffer, (room + 1, 0, 0))
             if num_fitting == 0:
                 place = 0  # the shortest, which is cut
             else:
                 longest = buffer[num_fitting - 1][0]
-                place = bisect_left(buffer, (longest,))  # of those the first that arrived
+                place = bisect_left(buffer, (longest, 0, 0))  # of those the first that arrived
             length, number, start = buffer.pop(place)
             taken = min(length, room)
             row.append(Piece(start, taken))
             room -= taken
-            if keep_rest and taken < length:  # the last token taken is repeated, to become BOS
+            if keep_rest and taken < length:  # the rest starts a token early, too
                 insort(buffer, (length - taken + 1, number, start + taken - 1))
         yield row
 
@@ -582,7 +593,7 @@ def fill_row(pieces: list[Piece], tokens: np.ndarray, bos: int) -> np.ndarray:
 def validation_rows(
     file: Path, row_tokens: int, bos: int, buffer_size: int = BUFFER_SIZE
 ) -> Iterator[np.ndarray]:
-    """Rows of whole documents, in their order."""
+    """Rows of documents that arrive whole and in the order of the file."""
     tokens = np.fromfile(file, np.uint16)
     for packed in pack_rows(whole_documents(tokens, bos), row_tokens, buffer_size):
         yield fill_row(packed, tokens, bos)
@@ -608,6 +619,7 @@ def training_rows(
 # Four steps, each skipped when its file is whole: documents, vocabulary, tokens, rows.
 
 LEAST_ROWS = 16  # of validation text: fewer would measure nothing
+DOCUMENTS_A_SHARE = 500  # that a thread encodes at a time
 
 
 class Prepared(NamedTuple):
@@ -682,11 +694,20 @@ def encode_all(texts: Iterable[str], encoders: list[Tokenizer]) -> Iterator[np.n
     texts = iter(texts)
     with ThreadPoolExecutor(len(encoders)) as pool:
         while True:
-            shares = [list(islice(texts, 500)) for _ in encoders]  # so many documents each
+            shares = [list(islice(texts, DOCUMENTS_A_SHARE)) for _ in encoders]
             if not shares[0]:
                 return
             for documents in pool.map(encode, encoders, shares):
                 yield from documents
+
+
+def pack_validation(tokens: Path, bos: int) -> np.ndarray:
+    """Step 4: the scored rows (N, T + 1) uint16, up to EVAL_TOKENS."""
+    every_row = validation_rows(tokens, MAX_SEQ_LEN + 1, bos)
+    rows = list(islice(every_row, EVAL_TOKENS // MAX_SEQ_LEN))
+    if len(rows) < LEAST_ROWS:
+        raise too_little_text(len(rows), LEAST_ROWS, "rows to validate on")
+    return np.stack(rows)
 
 
 def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
@@ -717,12 +738,8 @@ def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
     rows = folder / "rows.bin"
     if not rows.exists():
         bos = encoders[0].get_bos_token_id()
-        every_row = validation_rows(folder / "val.bin", MAX_SEQ_LEN + 1, bos)
-        packed = list(islice(every_row, EVAL_TOKENS // MAX_SEQ_LEN))
-        if len(packed) < LEAST_ROWS:
-            raise too_little_text(len(packed), LEAST_ROWS, "rows to validate on")
         with written_whole(rows) as file:
-            file.write(np.stack(packed))
+            file.write(pack_validation(folder / "val.bin", bos))
     train = [name for name, _ in shards]
     names = [vocabulary.name, *train, "val.bin", rows.name]
     content = {
@@ -837,17 +854,15 @@ def make_dataloader(
 
 
 # --- Evaluation ---------------------------------------------------------------
-# A probe is a copy of a row, in another batch, whose tokens are random from a secret position on,
-# its cut. Rows and probes are scored together, in a secret order. What a model may not do, and how
-# it shows:
+# A probe is a copy of a row whose tokens are random from a secret position on, its cut. Rows and
+# probes are scored together, in a secret order. What a model may not do, and how it shows:
 #
-#   look at later tokens        its loss just before a cut is not that of the scored row. One that
-#                               does so at 1.5 % of positions (0.15 % at the GPU scale) is refused
-#                               half of the time, and gains about that share of the bits
-#   look at later tokens, but   it predicts the random tokens behind a cut, which it cannot know: at
-#   repeat its answers to       0.25 % of positions nine of ten are refused, at 0.5 % all
-#   rows that it knows
-#   look at other rows, or at   its loss before a cut is not that of the scored row
+#   look at later tokens        its loss just before a cut is not that of the row. One that does so
+#                               at 1.5 % of positions (0.15 % at the GPU scale), and so gains about
+#                               that share of the bits, is refused half of the time.
+#   the same, but recognise a   it predicts the random tokens behind a cut, which nobody can know:
+#   row and give its old loss   at 0.25 % of positions nine of ten are refused, at 0.5 % all.
+#   look at other rows, or at   its loss before a cut is not that of the row
 #   earlier batches
 #   learn from scored rows      its weights or buffers change, or its losses do
 #   give losses of its own      it is asked for logits, and not given the targets
@@ -858,9 +873,9 @@ def make_dataloader(
 # clock, or a lucky seed.
 
 BATCHES_PER_PROBE_BATCH = 20  # 5 % more evaluation; two batches at least
-# A probe stands at its row's place in a batch of the same shape: an honest model repeats a loss to
-# the last bit on a CPU, and on CUDA if its kernels add in a fixed order (atomics do not). What
-# stays below this tolerance gains about 0.001 bits a byte at most; two seeds differ by more.
+# An honest model repeats a loss to the last bit, at the same place in a batch of the same shape: on
+# a CPU, and on CUDA if its kernels add in a fixed order (atomics do not). What stays below this
+# gains about 0.001 bits a byte at most, less than two seeds differ by.
 LOSS_TOLERANCE_NATS = 0.002
 LARGEST_EXPONENT = 20.0  # an honest model is refused at most once in e^20 evaluations
 OTHER_LOSS = (
@@ -888,7 +903,7 @@ def halve_until_it_fits(attempt: Callable, rows: int, name: str):
             if is_final or rows == 1 or not is_full:
                 raise
             traceback.clear_frames(failure.__traceback__)  # which hold what did not fit
-        rows = rows // 2 if rows % 2 == 0 else 1  # a divisor still of what it was
+        rows = rows // 2 if rows % 2 == 0 else 1  # always divides the first number
         say(f"out of memory: going on with {name} = {rows}")
         gc.collect()
         if torch.cuda.is_initialized():
@@ -903,7 +918,7 @@ def token_losses(model, V: int, inputs: torch.Tensor, targets: torch.Tensor) -> 
     if type(logits) is not torch.Tensor or not logits.is_floating_point() or logits.shape != shape:
         seen = f"{type(logits)}, {getattr(logits, 'dtype', '')} {getattr(logits, 'shape', '')}"
         raise Refused(f"model(idx) gave {seen}, not floating-point logits (B, T, V) = {shape}")
-    logits = torch.Tensor.detach(logits)  # the class's: a model can hang methods on a tensor
+    logits = torch.Tensor.detach(logits)  # not logits.detach(), which a model can replace
     losses = []
     for x, y in zip(logits, targets, strict=True):  # a row at a time, as float32 takes memory
         losses.append(torch.nn.functional.cross_entropy(x.float(), y, reduction="none"))
@@ -920,17 +935,17 @@ def state_of(model: torch.nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def score(model: torch.nn.Module, V: int, inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Losses in nats of inputs and targets, all (batches, B, T), in evaluation mode."""
+def score(model, V: int, inputs: np.ndarray, targets: np.ndarray, batch_size: int) -> np.ndarray:
+    """Losses in nats of inputs and targets, all (rows, T), in evaluation mode."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    inputs = torch.from_numpy(inputs.astype(np.int64)).to(device)
-    targets = torch.from_numpy(targets.astype(np.int64)).to(device)
+    inputs = torch.from_numpy(inputs.astype(np.int64)).to(device).split(batch_size)
+    targets = torch.from_numpy(targets.astype(np.int64)).to(device).split(batch_size)
     modes = [(module, module.training) for module in model.modules()]
     before = state_of(model)
     try:
         model.eval()
         losses = [token_losses(model, V, x, y) for x, y in zip(inputs, targets, strict=True)]
-        return torch.stack(losses).cpu().numpy()
+        return torch.cat(losses).cpu().numpy()
     finally:  # also when memory ran out
         for module, mode in modes:
             module.training = mode
@@ -941,17 +956,17 @@ def score(model: torch.nn.Module, V: int, inputs: np.ndarray, targets: np.ndarra
 
 
 def refuse_at(bad: np.ndarray, numbers: np.ndarray, what: str) -> None:
-    """Name the first bad position, of (..., T), and its row's number, of (...)."""
+    """Raise for the first position of `bad`, (rows, T), with that row's number."""
     if bad.any():
-        first = tuple(np.argwhere(bad)[0])
-        raise Refused(f"row {numbers[first[:-1]]}, position {first[-1]}: the model gave {what}")
+        row, position = np.argwhere(bad)[0]
+        raise Refused(f"row {numbers[row]}, position {position}: the model gave {what}")
 
 
 def refuse_foresight(losses: np.ndarray, V: int) -> None:
-    """Refuse a model whose losses, in nats, of random tokens are too low for one that sees none.
+    """Refuse a model that predicts random tokens better than chance, by its losses of them in nats.
 
-    That one gives each a probability of 1/V in the mean, `expected` in sum. The sum reaches `found`
-    with a chance of at most exp(-exponent), by Chernoff's bound.
+    The probabilities that it gives them without seeing them have a sum of `expected` in the mean.
+    By Chernoff's bound the sum reaches `found` with a chance of at most exp(-exponent).
     """
     found = np.exp(-losses.astype(np.float64)).sum()
     expected = len(losses) / V
@@ -967,38 +982,40 @@ def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarr
     secret = np.random.default_rng()  # seeded by the system: no model can foresee it
     N = len(rows)
     T = rows.shape[1] - 1
-    num_batches = math.ceil(N / batch_size)
-    # The last batch is filled up with the first rows.
-    numbers = np.arange(num_batches * batch_size).reshape(num_batches, batch_size) % N
+    B = batch_size
+    num_batches = math.ceil(N / B)
+    numbers = np.arange(num_batches * B) % N  # the last batch is filled up with the first rows
     scored = rows[numbers]
-    # Probe (p, b) repeats row b of batch batches_PB[p, b]; from cuts_PB1 on its tokens are random.
-    num_probe_batches = max(2, num_batches // BATCHES_PER_PROBE_BATCH)
-    batches_PB = secret.integers(num_batches, size=(num_probe_batches, batch_size))
-    originals = (batches_PB, np.arange(batch_size))
-    cuts_PB1 = secret.integers(1, T, size=(*batches_PB.shape, 1))
-    lots_PB1 = secret.permutation(cuts_PB1.size).reshape(cuts_PB1.shape)
-    cuts_PB1[lots_PB1 < cuts_PB1.size / 8] = T  # no input of these is random
-    noise = secret.integers(V, size=scored[originals].shape)
-    probes = np.where(np.arange(T + 1) < cuts_PB1, scored[originals], noise)
-    # A target is the next input, as in a row, but for the one before the cut, which is the row's
-    # own: there a model that looks one token ahead gets another loss.
-    is_own_PBT = np.arange(T) < cuts_PB1
-    targets_PBT = np.where(is_own_PBT, scored[originals][..., 1:], noise[..., 1:])
+    # Each probe, P in all, is a copy of a row that has the same place in a batch.
+    P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
+    originals_P = B * secret.integers(num_batches, size=P) + np.arange(P) % B
+    copied = scored[originals_P]
+    noise = secret.integers(V, size=copied.shape)
+    cuts_P1 = secret.integers(1, T, size=(P, 1))
+    whole = secret.choice(P, math.ceil(P / 8), replace=False)
+    cuts_P1[whole] = T  # so that the last positions are compared, too
+    probes = np.where(np.arange(T + 1) < cuts_P1, copied, noise)
+    # At the position before a cut the next input is random, and the target still the row's own: a
+    # model that looks one token ahead gets another loss there. Behind it targets are random.
+    is_own_PT = np.arange(T) < cuts_P1
+    targets_PT = np.where(is_own_PT, copied[:, 1:], noise[:, 1:])
 
-    inputs = np.concatenate([scored, probes])[..., :-1]
-    targets = np.concatenate([scored[..., 1:], targets_PBT])
-    order = secret.permutation(len(inputs))
+    inputs = np.concatenate([scored, probes])[:, :-1]
+    targets = np.concatenate([scored[:, 1:], targets_PT])
+    # All in a secret order, in which each keeps its place in a batch.
+    batches = np.arange(len(inputs)).reshape(-1, B)
+    order = secret.permuted(batches, axis=0).ravel()
     losses = np.empty(targets.shape, np.float32)
-    losses[order] = score(model, V, inputs[order], targets[order])
+    losses[order] = score(model, V, inputs[order], targets[order], B)
 
-    losses_NT = losses[:num_batches].reshape(-1, T)[:N]
-    refuse_at(~np.isfinite(losses_NT), np.arange(N), "a loss that is not finite")
-    probe_losses_PBT = losses[num_batches:]
-    gaps_PBT = np.abs(probe_losses_PBT - losses[originals])
-    is_other_PBT = is_own_PBT & ~(gaps_PBT <= LOSS_TOLERANCE_NATS)  # or not a number
-    refuse_at(is_other_PBT, numbers[originals], OTHER_LOSS)
-    refuse_at(np.isnan(probe_losses_PBT), numbers[originals], "a loss that is not a number")
-    refuse_foresight(probe_losses_PBT[~is_own_PBT], V)
+    losses_NT = losses[:N]
+    refuse_at(~np.isfinite(losses_NT), numbers, "a loss that is not finite")
+    losses_PT = losses[len(scored) :]
+    gaps_PT = np.abs(losses_PT - losses[originals_P])
+    is_other_PT = is_own_PT & ~(gaps_PT <= LOSS_TOLERANCE_NATS)  # or not a number
+    refuse_at(is_other_PT, numbers[originals_P], OTHER_LOSS)
+    refuse_at(np.isnan(losses_PT), numbers[originals_P], "a loss that is not a number")
+    refuse_foresight(losses_PT[~is_own_PT], V)
     return losses_NT
 
 
@@ -1050,7 +1067,7 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
     lengths_NT = fresh.token_lengths()[rows[:, 1:]]
     nats_NT = np.where(lengths_NT > 0, losses_NT, 0).astype(np.float64)  # special tokens: in no sum
     eighth = math.ceil(MAX_SEQ_LEN / 8)
-    spans_T = np.arange(MAX_SEQ_LEN) // eighth * eighth  # the first position of each one's span
+    spans_T = np.arange(MAX_SEQ_LEN) // eighth * eighth  # a span is named by its first position
     say_bits("position", np.broadcast_to(spans_T, nats_NT.shape), nats_NT, lengths_NT)
     say_bits("token length (8 or more)", lengths_NT.clip(max=8), nats_NT, lengths_NT)
     return bits_per_byte(nats_NT.sum(), lengths_NT.sum())

@@ -23,9 +23,10 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-# Above the imports, so that total_seconds counts them; importing this file reads no clock.
+# Above the import of torch, so that total_seconds counts it; importing this file reads no clock.
 STARTED_S = time.perf_counter() if __name__ == "__main__" else None
-# Read by torch when it is imported: with Flash Attention 3 a warm-up takes 5 s less.
+# Lets torch's cache hold graphs with Flash Attention 3, for a warm-up that is 5 s shorter. Read
+# when torch is imported.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 
 import torch
@@ -50,13 +51,13 @@ def scale(gpu, small):
 DEPTH = scale(8, 4)  # layers
 ASPECT_RATIO = scale(64, 40)  # width = DEPTH x ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
 HEAD_DIM = scale(128, 80)
-N_KV_HEAD = 0  # heads of keys and of values, a divisor of those of queries; 0: as many
+N_KV_HEAD = 0  # heads of keys and values; must divide the number of query heads; 0: equal to it
 WINDOW_PATTERN = "SSSL"  # tiled over the layers: S short, L the whole row; the last is always L
 SHORT_WINDOW = scale(1 / 2, 1 / 4)  # of a row
 ROTARY_BASE = 10_000
 LOGIT_SOFT_CAP = 15.0
 VALUE_EMBEDDING_EVERY = scale(2, 1)  # layers, counted back from the last one
-GATE_CHANNELS = 32  # of a layer's input; they steer its value embedding
+GATE_CHANNELS = 32  # the first ones of a layer's input: from them its value gate is computed
 MLP_RATIO = 4  # width of an MLP's hidden layer, in widths of the model
 
 EMBEDDING_STD = 1.0
@@ -67,7 +68,7 @@ SKIP_START = 0.1  # s: how much of the normalised embedding it adds
 
 TOTAL_BATCH_SIZE = scale(2**19, 2**12)  # tokens a step
 DEVICE_BATCH_SIZE = 64  # rows at a time, if a step has as many; halved where memory is short
-EVAL_BATCH_SIZE = scale(32, 8)  # rows; their logits exist as a whole
+EVAL_BATCH_SIZE = scale(32, 8)  # rows at a time; all their logits are in memory
 EMBEDDING_LR = scale(0.6, 0.5)  # x (width / 768)^-1/2
 UNEMBEDDING_LR = scale(0.004, 0.01)  # x (width / 768)^-1/2
 MATRIX_LR = scale(0.04, 0.015)
@@ -86,7 +87,7 @@ WARMDOWN_RATIO = scale(0.5, 0.7)
 FINAL_LR_FRAC = 0.0
 SEED = os.environ.get("SEED", "42")  # a run with another one tells a gain from luck
 
-ATTENTION = ""  # "": chosen by machine and compared with written_out; a name: taken unchecked
+ATTENTION = ""  # "": chosen for this machine, and checked; or a name of BACKENDS, not checked
 QUERY_BLOCK = 128  # queries at a time, where attention is written out
 TRIAL_PROGRESS = (0.0, 0.5, 1.0)  # a trial step at each, before the clock, on weights thrown away
 MAX_LOSS = 100.0  # a run beyond it is ended
@@ -134,7 +135,7 @@ def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 class Linear(nn.Linear):
     """A matrix without bias, in float32, that is multiplied in the type of its input.
 
-    Of matrices that multiply each other start at most one at 0: were two, neither would learn.
+    Of two that are applied in sequence set at most one to 0: with both at 0 neither learns.
     """
 
     def __init__(self, inputs: int, outputs: int, std: float):
@@ -227,7 +228,7 @@ class Head(Linear):
         logits = LOGIT_SOFT_CAP * (2 * torch.sigmoid(2 / LOGIT_SOFT_CAP * z) - 1)
         if targets is None:
             return logits
-        # Compiled, the cap is part of the loss: the logits in float32 are never in memory.
+        # Compiled with the loss, logits in float32 are never written to memory.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
         return loss.view_as(targets) if reduction == "none" else loss
 
@@ -258,8 +259,8 @@ class GPT(nn.Module):
 
         What cannot be traced whole is an error. A deep copy of the model is not compiled.
         """
-        # Layers share what is compiled, once for each window, with and without value embedding.
-        # torch's own limit is 8.
+        # All layers count against one limit of variants, by default 8: one for each window, with
+        # and without value embedding, for each number of rows.
         torch._dynamo.config.recompile_limit = 64
         if self.wte.weight.is_cuda:
             super().compile(dynamic=False, fullgraph=True)
@@ -271,22 +272,22 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, reduction="mean"):
         cos = self.cos[: idx.size(1)]
         sin = self.sin[: idx.size(1)]
-        # An evaluation, too, runs the layers that were compiled for training, with gradients.
+        # Without gradients all layers would be compiled again, for the evaluation.
         with torch.set_grad_enabled(self.is_compiled_by_layer or torch.is_grad_enabled()):
             x0 = norm(self.wte(idx).to(self.dtype))
-            x = x0.clone()  # were both one tensor, the first layer would be compiled by itself
+            x = x0.clone()  # if x were x0, the first layer would be compiled apart from the others
             for block in self.blocks:
                 x = block(x, x0, idx, cos, sin)
             return self.lm_head(x, targets, reduction)
 
     def tables(self) -> list[nn.Parameter]:
-        """Weights of embeddings; not those that a Linear multiplies, too (tied to the head)."""
+        """Weights of embeddings that are only looked up: none that is the head's weight as well."""
         multiplied = {module.weight for module in self.modules() if isinstance(module, nn.Linear)}
         tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
         return [table for table in tables if table not in multiplied]
 
     def flops_per_token(self) -> int:
-        """Forward and backward, of matrix products: 6 a weight and 12 CT a layer of attention."""
+        """Of matrix products, forward and backward, attention by whole windows as is usual."""
         weights = sum(p.numel() for p in self.parameters() if p.ndim > 1)
         weights -= sum(table.numel() for table in self.tables())
         return 6 * weights + 12 * self.config.n_embd * sum(self.config.windows())
@@ -345,8 +346,8 @@ class Muon(torch.optim.Optimizer):
         state["average"].lerp_(grad, 1 - group["momentum"])
         nesterov = grad.lerp(state["average"], group["momentum"])
         orthogonal = orthogonalize(nesterov.to(self.dtype)).float()
-        # NorMuon (arXiv 2510.05491): divide the rows of a tall matrix, else the columns, by the
-        # root of a running mean of their squares, and give the matrix the norm that it had.
+        # NorMuon (arXiv 2510.05491): divide each row (of a wide matrix each column) by the root of
+        # a running mean of its squares; then give the matrix its norm back.
         averaged_dim = -1 if height >= width else -2
         squares = orthogonal.square().mean(dim=averaged_dim, keepdim=True)
         if "squares" not in state:
@@ -388,7 +389,7 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     """One for each kind of group. Raises HarnessError for a matrix that no group names."""
     groups = parameter_groups(model)
     named = set()
-    for group in groups:
+    for group in groups:  # what two of them name belongs to the first
         own = []
         for p in group["params"]:
             if p not in named:
@@ -447,14 +448,14 @@ def apply_schedules(optimizers: list, progress: float, step: int) -> None:
 class Step(NamedTuple):
     """One update of the weights; on CUDA it may still be running."""
 
-    progress: float  # for which its rates were
+    progress: float  # that its learning rates were set for
     loss: torch.Tensor  # on the host, in nats; to be read once the step has ended
     tokens: int
     epoch: int
     end: float | torch.cuda.Event
 
     def wait(self) -> float:
-        """Wait until the step has ended; gives that time, on CUDA when the host noticed."""
+        """Wait for the end of the step; gives its time, on CUDA that of the return from waiting."""
         if isinstance(self.end, float):
             return self.end
         self.end.synchronize()
@@ -462,7 +463,7 @@ class Step(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """Here a part of a step ends, which began at the mark before."""
+    """The end of a part of a step. The part began at the mark before."""
 
     part: str
     when: float | torch.cuda.Event
@@ -487,7 +488,8 @@ def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         changes = torch._foreach_sub([p.detach() for p in group["params"]], before)
         relative_update = get_total_norm(changes) / get_total_norm(before)
-        figures[group["name"]] = torch.stack([get_total_norm(gradients), relative_update])
+        gradient_norm = get_total_norm(gradients).to(relative_update)  # of none: a 0 on the CPU
+        figures[group["name"]] = torch.stack([gradient_norm, relative_update])
     return figures
 
 
@@ -558,8 +560,8 @@ class Run:
         first_batch = next(batches)  # opening the text takes a while: before the clock starts
         self.batches = chain([first_batch], batches)
 
-    def mark(self, part: str) -> float | torch.cuda.Event:
-        """Say that a part of a step ends here. Waits for nothing."""
+    def end_part(self, part: str) -> float | torch.cuda.Event:
+        """Mark that a part of a step ends here. Waits for nothing."""
         if self.platform.is_cuda:
             when = torch.cuda.Event(enable_timing=True)
             when.record()
@@ -573,18 +575,18 @@ class Run:
         micro_batches = TOTAL_BATCH_SIZE // (self.rows * MAX_SEQ_LEN)
         total_loss = torch.zeros((), device=self.platform.device)
         tokens = 0
-        self.mark("rest")  # which began when the step before ended
+        self.end_part("rest")  # all since the last step
         for _ in range(micro_batches):
             inputs, targets, epoch = next(self.batches)
-            self.mark("data")
+            self.end_part("data")
             loss = self.model(inputs, targets) / micro_batches
             loss.backward()
             total_loss += loss.detach()
             tokens += inputs.numel()
-            self.mark("forward and backward")
+            self.end_part("forward and backward")
         apply_schedules(self.optimizers, progress, step)
-        stages_reached = [at for at in DIAGNOSED_AT if progress >= at]
-        if len(self.figures) < len(stages_reached):
+        stage = len(self.figures)  # the next to be measured
+        if stage < len(DIAGNOSED_AT) and progress >= DIAGNOSED_AT[stage]:
             self.figures.append(step_and_measure(self.optimizers))
         else:
             for optimizer in self.optimizers:
@@ -592,7 +594,7 @@ class Run:
         self.model.zero_grad(set_to_none=True)
         # torch pins this copy's memory, so that nothing waits here.
         loss_on_host = total_loss.to("cpu", non_blocking=self.platform.is_cuda)
-        end = self.mark("optimizer")  # behind the copy: whoever waits for it may read the loss
+        end = self.end_part("optimizer")  # behind the copy: when this has passed, the loss is there
         return Step(progress, loss_on_host, tokens, epoch, end)
 
     def try_training(self, rows: int) -> None:
@@ -612,14 +614,17 @@ class Run:
 
 
 def warm_up(run: Run) -> None:
-    """Compile, and find how many rows fit, on weights that are thrown away."""
+    """Compile, and find how many rows fit, on weights that are thrown away.
+
+    Each attempt sets run.rows or run.eval_rows; the last, which fitted, stays.
+    """
     prepare.halve_until_it_fits(run.try_training, run.rows, "DEVICE_BATCH_SIZE")
     prepare.halve_until_it_fits(run.try_evaluation, run.eval_rows, "EVAL_BATCH_SIZE")
     run.start_afresh()
 
 
 class Trained:
-    """What the steps that have ended came to, and their log."""
+    """Totals of the steps that have ended, and their log."""
 
     def __init__(self, usual_s: float):
         form = "{percentage:3.0f}%|{bar}| {remaining} left{postfix}"
@@ -635,9 +640,9 @@ class Trained:
 
     def add(self, step: Step) -> None:
         """Wait for a step's end, look at its loss, and say now and then how it goes."""
-        one_before_ended_s = self.ended_s
+        previous_end_s = self.ended_s
         self.ended_s = step.wait() - self.started_s
-        self.steps_s.append(self.ended_s - one_before_ended_s)
+        self.steps_s.append(self.ended_s - previous_end_s)
         self.usual_s = statistics.median(self.steps_s[-9:])
         self.tokens += step.tokens
         self.epoch = step.epoch
@@ -661,15 +666,16 @@ class Trained:
 def train(run: Run) -> Trained:
     """Take steps until the budget is used, the last one less than a step beyond it.
 
-    On CUDA a step is launched before the one before it has ended: so the GPU never waits.
+    On CUDA a step is launched while the one before it runs, so that the GPU need not wait.
     """
     trained = Trained(run.step_s)
     most_in_flight = 1 if run.platform.is_cuda else 0
     in_flight = []  # steps that were launched and whose loss is not read
     launched = 0
     while True:
-        # The next step begins when those in flight have ended, the last of which has just begun.
-        begins_s = time.perf_counter() - trained.started_s + len(in_flight) * trained.usual_s
+        now_s = time.perf_counter() - trained.started_s
+        # On CUDA a step is in flight: it began about now, and the next one begins when it ends.
+        begins_s = now_s + len(in_flight) * trained.usual_s
         if begins_s >= TIME_BUDGET:
             break
         in_flight.append(run.take_step(begins_s / TIME_BUDGET, launched))
@@ -711,7 +717,7 @@ def written_out(q, k, v, window):
     parts = []
     for start in range(0, T, QUERY_BLOCK):
         queries = slice(start, min(T, start + QUERY_BLOCK))
-        keys = slice(max(0, start - window), queries.stop)  # all that a query of these sees
+        keys = slice(max(0, start - window), queries.stop)  # each that any of these queries sees
         scores = q[:, :, queries] @ k[:, :, keys].mT
         scores = scores.masked_fill(hidden[queries, keys], -math.inf)
         parts.append(scores.softmax(-1) @ v[:, :, keys])
@@ -764,7 +770,7 @@ def load_flash_attn_3() -> bool:
         say("fetching Flash Attention 3, this once")
         try:
             build = kernels.install_kernel("kernels-community/flash-attn3", version=1)
-            outcome = {"folder": str(build.parents[1])}  # as get_local_kernel wants it
+            outcome = {"folder": str(build.parents[1])}  # get_local_kernel takes that of all builds
         except Exception as failure:  # of the network, or there is no build for these versions
             outcome = {"failure": f"{type(failure).__name__}: {failure}"[:300]}
         with prepare.written_whole(note) as file:
@@ -796,9 +802,10 @@ def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
     if is_nvidia and torch.cuda.get_device_capability() == (9, 0) and load_flash_attn_3():
         return "flash_attn_3"
     if is_nvidia and dtype == torch.bfloat16:
-        if torch.__version__ >= (2, 11) and torch.backends.cuda.is_flash_attention_available():
+        needed = (2, 12) if N_KV_HEAD > 0 else (2, 11)
+        if torch.__version__ >= needed and torch.backends.cuda.is_flash_attention_available():
             return "torch_varlen"
-        say("no varlen_attn, which is faster: it needs torch 2.11, built with Flash Attention")
+        say(f"no varlen_attn, which is faster: it needs torch {needed}, built with Flash Attention")
     return "torch_sdpa"
 
 
@@ -810,9 +817,9 @@ def output_and_gradients(attend: Callable, q, k, v, dy, window: int) -> list[tor
 
 
 def check_attention(platform: "Platform", config: GPTConfig) -> None:
-    """Compare the backend that the rule chose with written_out, before there is a model.
+    """Compare the backend that was chosen with written_out, before there is a model.
 
-    On two rows, forwards and backwards. One that ATTENTION names may compute something else.
+    On two rows, forwards and backwards. One that ATTENTION names may mean something else.
     """
     name = platform.attention
     if name == "written_out" or ATTENTION:
@@ -820,7 +827,7 @@ def check_attention(platform: "Platform", config: GPTConfig) -> None:
     attend = BACKENDS[name]
     if platform.compiles:
         attend = torch.compile(attend, dynamic=False, fullgraph=True)
-    inputs = []
+    inputs = []  # q, k, v, and the gradient of the output
     for heads in (config.n_head, config.n_kv_head, config.n_kv_head, config.n_head):
         shape = (2, config.sequence_len, heads, config.n_embd // config.n_head)
         inputs.append(torch.randn(shape).to(platform.device, platform.dtype))
@@ -882,9 +889,10 @@ def refuse_unusable_gpu() -> None:
     try:
         torch.cuda.init()
     except RuntimeError as failure:
+        is_asked_for = visible is not None
         if "Found no NVIDIA driver" in str(failure):
             return
-        if "No CUDA GPUs" in str(failure) and visible is None:
+        if "No CUDA GPUs" in str(failure) and not is_asked_for:
             return
         raise HarnessError(
             f"torch cannot use the GPU here: {str(failure).strip()[:120]}… With an older driver, "
@@ -894,12 +902,12 @@ def refuse_unusable_gpu() -> None:
 
 
 def set_up_cpu() -> None:
-    """No more threads than cores that are ours; and glibc keeps the memory that is freed."""
+    """Use no more threads than usable cores; make glibc keep freed memory for the next step."""
     torch.set_num_threads(min(torch.get_num_threads(), prepare.usable_cores()))
     with suppress(OSError, AttributeError, TypeError):  # no glibc
         # Mapping a step's memory anew takes 8 % of a step.
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most that older ones accept
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most that older glibc accepts
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
@@ -935,7 +943,8 @@ def find_platform() -> Platform:
         is_rocm = torch.version.hip is not None  # all its chips have bf16
         has_fast_bf16 = is_rocm or torch.cuda.get_device_capability() >= (8, 0)
         torch.set_float32_matmul_precision("high")  # TF32
-        free_bytes, total_bytes = torch.cuda.mem_get_info()  # more would spill to the host on WSL
+        # On WSL memory beyond what is free would silently come from the host.
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(free_bytes / total_bytes)
     elif torch.backends.mps.is_available():
         device = torch.device("mps")
@@ -1016,8 +1025,8 @@ def summarize(run: Run, trained: Trained, val_bpb: float, total_s: float) -> Non
     tokens_per_s = trained.tokens / trained.ended_s
     flops = run.model.flops_per_token() * tokens_per_s
     mfu_percent = 100 * flops / platform.peak_flops if platform.peak_flops > 0 else 0.0
-    usual_s = statistics.median(trained.steps_s)
-    slow_steps_s = [step_s for step_s in trained.steps_s if step_s > 2 * usual_s]
+    median_s = statistics.median(trained.steps_s)
+    slow_steps_s = [step_s for step_s in trained.steps_s if step_s > 2 * median_s]
     print(f"""---
 val_bpb:          {val_bpb:.6f}
 training_seconds: {trained.ended_s:.1f}
@@ -1054,7 +1063,7 @@ def main() -> None:
         warm_up(run)
         describe(run)
         gc.collect()
-        gc.freeze()  # else its pauses would fall into steps
+        gc.freeze()  # so that collections within steps are short
         faulthandler.dump_traceback_later(HUNG_AFTER_S, exit=True)
         trained = train(run)
         diagnose(run)

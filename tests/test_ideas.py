@@ -144,12 +144,12 @@ def torch_varlen(q, k, v, window, is_start=None):
             micro_batches = micro_batches // 2
 """,
     "growing rows": """
-            self.mark("data")
+            self.end_part("data")
 -->
             if progress < 0.5:
                 inputs = inputs[:, : MAX_SEQ_LEN // 2].contiguous()
                 targets = targets[:, : MAX_SEQ_LEN // 2].contiguous()
-            self.mark("data")
+            self.end_part("data")
 """,
     "two tokens ahead": """
         self.lm_head = Head(config)

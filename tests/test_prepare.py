@@ -350,7 +350,7 @@ def test_a_file_of_the_hub_with_damaged_data_is_named(climbmix, monkeypatch, nam
     assert prepare.is_parquet(file)  # by its footer
     message = run_command(monkeypatch)
     assert f"{file} cannot be read: " in message and "space" not in message
-    assert "remove it " in message and message.endswith(", run: uv run prepare.py")
+    assert "; remove /" in message and message.endswith(", run: uv run prepare.py")
 
 
 def test_a_tokenizer_that_is_not_prepared_is_an_error_and_none_is_made(own_text):

@@ -158,7 +158,7 @@ def test_on_cuda_a_step_is_waited_for_by_an_event(monkeypatch):
     every = Mock()
     monkeypatch.setattr(torch.cuda, "Event", every.Event)
     run = SimpleNamespace(platform=SimpleNamespace(is_cuda=True), marks=[])
-    end = train.Run.mark(run, "optimizer")
+    end = train.Run.end_part(run, "optimizer")
     assert run.marks == [train.Mark("optimizer", end)]
     assert every.mock_calls == [call.Event(enable_timing=True), call.Event().record()]
     train.Step(0.0, torch.tensor(1.0), 256, 1, end).wait()
