@@ -340,18 +340,17 @@ class Muon(torch.optim.Optimizer):
         weight = torch.stack(params)
         grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
         height, width = weight.shape[-2:]
+        averaged_dim = -1 if height >= width else -2
         state = self.state[params[0]]
         if not state:
             state["average"] = torch.zeros_like(grad)
+            state["squares"] = torch.zeros_like(grad.mean(averaged_dim, keepdim=True))
         state["average"].lerp_(grad, 1 - group["momentum"])
         nesterov = grad.lerp(state["average"], group["momentum"])
         orthogonal = orthogonalize(nesterov.to(self.dtype)).float()
         # NorMuon (arXiv 2510.05491): divide each row (of a wide matrix each column) by the root of
         # a running mean of its squares; then give the matrix its norm back.
-        averaged_dim = -1 if height >= width else -2
-        squares = orthogonal.square().mean(dim=averaged_dim, keepdim=True)
-        if "squares" not in state:
-            state["squares"] = torch.zeros_like(squares)
+        squares = orthogonal.square().mean(averaged_dim, keepdim=True)
         state["squares"].lerp_(squares, 1 - group["beta2"])
         evened = orthogonal * state["squares"].clamp_min(1e-10).rsqrt()
         norm_before = orthogonal.norm(dim=(-2, -1), keepdim=True)
