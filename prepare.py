@@ -43,7 +43,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 # --- Benchmark constants ------------------------------------------------------
-# They define what is measured, and with it the benchmark id. Without CUDA numbers are smaller.
+# They define what is measured, and with it the benchmark id. Without CUDA, most are smaller.
 
 _CUDA = torch.cuda.is_available()
 # climbmix, tinystories, pysource, or the path of a folder or file of your own.
@@ -159,8 +159,10 @@ PYSOURCE_SKIPS = ("__config__.py", "_distributor_init.py", "_distributor_init_lo
 # Of local text, the documents with the lowest hashes are held out until either limit is reached: a
 # fair sample of every folder and topic.
 HELD_OUT_SHARE = 0.1  # of the bytes of all text
-HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS: a token has about 4, and a third of them is packed
+HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS: about 4 a token, of which packing loses two of three
+LEAST_ROWS = 16  # of validation text: fewer would measure nothing
 SHARD_BYTES = 256 << 20  # of local text, about
+GATHERED = "documents"  # the folder that local text is gathered in
 
 
 # What reading a file that is no text, is damaged, or may not be read can raise:
@@ -198,7 +200,7 @@ def local_files() -> list[Path]:
     return files
 
 
-@cache  # once a process (and a DATASET): text that changes meanwhile must not move what is prepared
+@cache  # by `dataset`: text that changes while a process runs must not move what is prepared
 def listing(dataset: str) -> list[tuple[str, int, float]]:
     """Names, sizes and times of the files of a person's own text."""
     return [(f.as_posix(), f.stat().st_size, f.stat().st_mtime) for f in local_files()]
@@ -250,8 +252,8 @@ def file_texts(path: Path) -> Iterator[str]:
                 yield text.encode(errors="replace").decode()
     except UNREADABLE as failure:
         why = f"{path} cannot be read: {type(failure).__name__}: {' '.join(str(failure).split())}"
-        # A copy of local text is one folder, which is made as a whole.
-        broken = path.parent if path.parent.name == "documents" else path
+        # What gather_local_text has written is made again only as a whole.
+        broken = path.parent if path.parent.name == GATHERED else path
         raise Unreadable(f"{why}; remove {broken}, run: uv run prepare.py") from failure
 
 
@@ -281,14 +283,14 @@ def gather_local_text(directory: Path) -> None:
         order = np.argsort(hashes)
         bytes_so_far = np.cumsum(np.array(num_bytes)[order])
         num_held_out = np.searchsorted(bytes_so_far, most_bytes, side="right")
-        first_trained = hashes[order[num_held_out]]  # the lowest hash that is not held out
+        first_trained_hash = hashes[order[num_held_out]]  # the lowest hash that is not held out
         shards = []
         for n in range(1 + sum(num_bytes) // SHARD_BYTES):
             shards.append(opened.enter_context(written_whole(directory / f"{n:04d}.jsonl")))
         held_out = []
         lines.seek(0)
         for text_hash, line in zip(hashes, lines, strict=True):
-            if text_hash < first_trained:
+            if text_hash < first_trained_hash:
                 held_out.append((text_hash, line))
             else:  # so that each shard has some of every topic
                 shards[text_hash % len(shards)].write(line)
@@ -297,9 +299,9 @@ def gather_local_text(directory: Path) -> None:
 
 
 def too_little_text(found: int, needed: int, what: str) -> HarnessError:
-    # At the very least: a token is about 4 characters.
-    for_rows = round(LEAST_ROWS * MAX_SEQ_LEN * 4 / HELD_OUT_SHARE)
-    chars = max(100 * VOCAB_SIZE, for_rows)
+    for_tokens = 100 * VOCAB_SIZE  # each is to stand in some contexts
+    for_rows = round(LEAST_ROWS * MAX_SEQ_LEN * HELD_OUT_BYTES / HELD_OUT_SHARE)
+    chars = max(for_tokens, for_rows)
     return HarnessError(
         f'DATASET = "{DATASET}" has too little text: {found} of {needed} {what}; bring '
         f"{chars:,} varied characters, or lower VOCAB_SIZE or MAX_SEQ_LEN in prepare.py"
@@ -308,7 +310,7 @@ def too_little_text(found: int, needed: int, what: str) -> HarnessError:
 
 # --- Download -----------------------------------------------------------------
 
-RETRY_WAITS_S = (1, 2, 4, 8, 16)  # after failures in a row that brought no new byte
+RETRY_WAITS_S = (1, 2, 4, 8, 16)  # between attempts in a row that bring no new byte
 TIMEOUT_S = (10, 30)  # to connect; between two bytes
 
 
@@ -356,8 +358,8 @@ def download_file(url: str, path: Path) -> None:
     """Fetch into `path`.part, with which a next call goes on, and rename it once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    longest = size_of(part)  # that it was so far
-    failures = 0  # since it grew beyond that
+    longest = size_of(part)  # the most bytes that any attempt has left
+    failures = 0  # attempts in a row that left no more than that
     while True:
         try:
             digest = receive(url, part)
@@ -378,7 +380,7 @@ def download_file(url: str, path: Path) -> None:
 
 
 def download(repository: str, names: list[str], directory: Path, workers: int) -> None:
-    """Fetch what is missing; the first file alone, as one failure there is enough to end."""
+    """Fetch what is missing; the first file alone, so that a network that is gone fails once."""
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
     def fetch(name: str) -> None:
@@ -471,7 +473,7 @@ class Tokenizer:
         return len(self.ranks)
 
     def encode(self, text: str | list[str], prepend: int | str | None = None, num_threads: int = 8):
-        """The ids of a text, or of several a list of such lists. No text is a special token.
+        """The ids of a text; of a list of texts, a list of such lists. No text is a special token.
 
         `prepend`, the number or the text of a token, comes before each: `prepend=BOS_TOKEN`.
         """
@@ -517,9 +519,10 @@ BUFFER_SIZE = 1000  # pieces among which the packing chooses
 
 
 class Piece(NamedTuple):
-    """tokens[start : start + length] of a file, of which a row replaces the first by BOS.
+    """tokens[start : start + length] of a file. In a row BOS stands in place of the first of them.
 
-    The beginning of a document starts at its BOS; what continues a document, a token early.
+    That of a document is BOS. A piece that continues one starts at the last token of the piece
+    before, so that what BOS replaces has been served.
     """
 
     start: int
@@ -542,7 +545,7 @@ def rests(documents: list[Piece], most: int) -> list[Piece]:
     step = most - 1
     pieces = []
     for start, length in documents:
-        for offset in range(step, length - 1, step):  # a token early: one that is served already
+        for offset in range(step, length - 1, step):
             pieces.append(Piece(start + offset, min(length - offset, most)))
     return pieces
 
@@ -566,6 +569,7 @@ def pack_rows(
                 insort(buffer, (length, number, start))
             if not buffer:
                 return  # without the last row, which is not full
+            # (n, 0, 0) sorts before every piece of length n.
             num_fitting = bisect_left(buffer, (room + 1, 0, 0))
             if num_fitting == 0:
                 place = 0  # the shortest, which is cut
@@ -576,7 +580,7 @@ def pack_rows(
             taken = min(length, room)
             row.append(Piece(start, taken))
             room -= taken
-            if keep_rest and taken < length:  # the rest starts a token early, too
+            if keep_rest and taken < length:  # the rest starts at the last token taken
                 insort(buffer, (length - taken + 1, number, start + taken - 1))
         yield row
 
@@ -618,12 +622,11 @@ def training_rows(
 # --- Preparing ----------------------------------------------------------------
 # Four steps, each skipped when its file is whole: documents, vocabulary, tokens, rows.
 
-LEAST_ROWS = 16  # of validation text: fewer would measure nothing
-DOCUMENTS_A_SHARE = 500  # that a thread encodes at a time
+DOCUMENTS_AT_ONCE = 500  # that a thread encodes
 
 
 class Prepared(NamedTuple):
-    """What is prepared for the present constants, as a manifest beside it says."""
+    """What is prepared for the present constants: the folder, and its manifest's content."""
 
     folder: Path
     train: list[str]  # files of uint16 tokens, each document behind a BOS
@@ -654,7 +657,7 @@ def find_text(folder: Path, num_shards: int | None, workers: int) -> Text:
         names = [shard.file for shard in [text.validation, *text.train]]
         download(text.repository, names, text.directory, workers)
         return text
-    directory = folder / "documents"
+    directory = folder / GATHERED
     validation = directory / "val.jsonl"
     if not validation.exists():
         say(f"reading the text of {DATASET}")
@@ -694,7 +697,7 @@ def encode_all(texts: Iterable[str], encoders: list[Tokenizer]) -> Iterator[np.n
     texts = iter(texts)
     with ThreadPoolExecutor(len(encoders)) as pool:
         while True:
-            shares = [list(islice(texts, DOCUMENTS_A_SHARE)) for _ in encoders]
+            shares = [list(islice(texts, DOCUMENTS_AT_ONCE)) for _ in encoders]
             if not shares[0]:
                 return
             for documents in pool.map(encode, encoders, shares):
@@ -743,7 +746,7 @@ def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
     train = [name for name, _ in shards]
     names = [vocabulary.name, *train, "val.bin", rows.name]
     content = {
-        "train": [name for name in train if size_of(folder / name) > 0],  # empty ones do not map
+        "train": [name for name in train if size_of(folder / name) > 0],  # none that is empty
         "sizes": {name: size_of(folder / name) for name in names},
         "sha256": {file.name: sha256_of(file) for file in (vocabulary, rows)},
     }
@@ -830,14 +833,15 @@ def make_dataloader(
     is_cuda = device.type == "cuda"
 
     def make_batch() -> tuple[torch.Tensor, torch.Tensor, int]:
-        packed, epochs = zip(*islice(rows, B), strict=True)
-        tokens = torch.from_numpy(np.stack(packed).astype(np.int64))
+        batch = list(islice(rows, B))
+        tokens = torch.from_numpy(np.stack([row for row, _ in batch]).astype(np.int64))
+        _, epoch = batch[-1]
         inputs = tokens[:, :-1].clone()
         targets = tokens[:, 1:].clone()
         if is_cuda:
             inputs = inputs.pin_memory()
             targets = targets.pin_memory()
-        return inputs, targets, epochs[-1]
+        return inputs, targets, epoch
 
     def serve() -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         with ThreadPoolExecutor(1) as pool:
@@ -854,19 +858,22 @@ def make_dataloader(
 
 
 # --- Evaluation ---------------------------------------------------------------
-# A probe is a copy of a row whose tokens are random from a secret position on, its cut. Rows and
-# probes are scored together, in a secret order. What a model may not do, and how it shows:
+# A probe is a copy of a row, in which all tokens from a secret position on, the cut, are random.
+# Rows and probes are scored together, in a secret order. What a model may not do, and how it shows:
 #
-#   look at later tokens        its loss just before a cut is not that of the row. One that does so
-#                               at 1.5 % of positions (0.15 % at the GPU scale), and so gains about
-#                               that share of the bits, is refused half of the time.
-#   the same, but recognise a   it predicts the random tokens behind a cut, which nobody can know:
-#   row and give its old loss   at 0.25 % of positions nine of ten are refused, at 0.5 % all.
+#   look at later tokens        its loss just before a cut is not that of the row
+#   look at later tokens, but   it predicts the random tokens behind a cut, which nobody can know
+#   give the loss remembered
+#   from the row
 #   look at other rows, or at   its loss before a cut is not that of the row
 #   earlier batches
 #   learn from scored rows      its weights or buffers change, or its losses do
 #   give losses of its own      it is asked for logits, and not given the targets
 #   score other rows or tokens  their SHA-256 is not the manifest's
+#
+# The share of positions at which a model looks ahead is about the share of the bits that it gains.
+# The first check refuses half of those with 1.5 % (0.15 % at the GPU scale), the second nine of ten
+# with 0.25 %, all with 0.5 %.
 #
 # No check in one process can see training on validation rows, another harness in this one's place,
 # a model that remembers rows and looks ahead only where text goes on as expected, work outside the
@@ -874,10 +881,10 @@ def make_dataloader(
 
 BATCHES_PER_PROBE_BATCH = 20  # 5 % more evaluation; two batches at least
 # An honest model repeats a loss to the last bit, at the same place in a batch of the same shape: on
-# a CPU, and on CUDA if its kernels add in a fixed order (atomics do not). What stays below this
-# gains about 0.001 bits a byte at most, less than two seeds differ by.
+# a CPU, and on CUDA if its kernels add in a fixed order (atomics do not). A leak that stays below
+# the tolerance gains about 0.001 bits a byte at most, less than two seeds differ by.
 LOSS_TOLERANCE_NATS = 0.002
-LARGEST_EXPONENT = 20.0  # an honest model is refused at most once in e^20 evaluations
+FORESIGHT_EXPONENT = 20.0  # an honest model is refused at most once in e^20 evaluations
 OTHER_LOSS = (
     "a loss that depends on later tokens, on other rows of the batch, on earlier batches or on "
     "chance; if unintended: quantise a row at a time, share no capacity between rows, add in a "
@@ -903,7 +910,7 @@ def halve_until_it_fits(attempt: Callable, rows: int, name: str):
             if is_final or rows == 1 or not is_full:
                 raise
             traceback.clear_frames(failure.__traceback__)  # which hold what did not fit
-        rows = rows // 2 if rows % 2 == 0 else 1  # always divides the first number
+        rows = rows // 2 if rows % 2 == 0 else 1  # so that it divides the first number
         say(f"out of memory: going on with {name} = {rows}")
         gc.collect()
         if torch.cuda.is_initialized():
@@ -913,7 +920,7 @@ def halve_until_it_fits(attempt: Callable, rows: int, name: str):
 
 def token_losses(model, V: int, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy (B, T) in nats of logits that the model gives from the inputs alone."""
-    logits = model(inputs.clone())  # a view would share memory with the rows to come
+    logits = model(inputs.clone())  # `inputs` shares its memory with all other rows
     shape = (*inputs.shape, V)
     if type(logits) is not torch.Tensor or not logits.is_floating_point() or logits.shape != shape:
         seen = f"{type(logits)}, {getattr(logits, 'dtype', '')} {getattr(logits, 'shape', '')}"
@@ -950,7 +957,7 @@ def score(model, V: int, inputs: np.ndarray, targets: np.ndarray, batch_size: in
         for module, mode in modes:
             module.training = mode
         after = state_of(model)
-        for name in before | after:
+        for name in {*before, *after}:
             if before.get(name) != after.get(name):
                 raise Refused(f"the model changed its {name} while it was evaluated")
 
@@ -965,15 +972,15 @@ def refuse_at(bad: np.ndarray, numbers: np.ndarray, what: str) -> None:
 def refuse_foresight(losses: np.ndarray, V: int) -> None:
     """Refuse a model that predicts random tokens better than chance, by its losses of them in nats.
 
-    The probabilities that it gives them without seeing them have a sum of `expected` in the mean.
-    By Chernoff's bound the sum reaches `found` with a chance of at most exp(-exponent).
+    Whatever it predicts, a random token has 1/V of it in the mean. By Chernoff's bound the sum over
+    all, in the mean `expected`, comes to `found` with a chance of at most exp(-exponent).
     """
     found = np.exp(-losses.astype(np.float64)).sum()
     expected = len(losses) / V
     if found <= expected:
         return
     exponent = found * np.log(found / expected) - found + expected
-    if exponent > LARGEST_EXPONENT:
+    if exponent > FORESIGHT_EXPONENT:
         raise Refused("the model foresaw tokens drawn at random: it looks at later tokens")
 
 
@@ -986,25 +993,26 @@ def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarr
     num_batches = math.ceil(N / B)
     numbers = np.arange(num_batches * B) % N  # the last batch is filled up with the first rows
     scored = rows[numbers]
-    # Each probe, P in all, is a copy of a row that has the same place in a batch.
+    # Each probe, P in all, is a copy of a row that has the same place in its batch.
     P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
-    originals_P = B * secret.integers(num_batches, size=P) + np.arange(P) % B
-    copied = scored[originals_P]
+    batches_P = secret.integers(num_batches, size=P)
+    originals_P = batches_P * B + np.arange(P) % B  # indices of `scored`
+    copied = scored[originals_P]  # (P, T + 1)
     noise = secret.integers(V, size=copied.shape)
     cuts_P1 = secret.integers(1, T, size=(P, 1))
     whole = secret.choice(P, math.ceil(P / 8), replace=False)
     cuts_P1[whole] = T  # so that the last positions are compared, too
     probes = np.where(np.arange(T + 1) < cuts_P1, copied, noise)
-    # At the position before a cut the next input is random, and the target still the row's own: a
-    # model that looks one token ahead gets another loss there. Behind it targets are random.
+    # Input t is the row's own if t < cut, and so is target t, which is token t + 1: at cut - 1 the
+    # target is own and the next input random, so that a model that looks at it gets another loss.
     is_own_PT = np.arange(T) < cuts_P1
     targets_PT = np.where(is_own_PT, copied[:, 1:], noise[:, 1:])
 
     inputs = np.concatenate([scored, probes])[:, :-1]
     targets = np.concatenate([scored[:, 1:], targets_PT])
-    # All in a secret order, in which each keeps its place in a batch.
-    batches = np.arange(len(inputs)).reshape(-1, B)
-    order = secret.permuted(batches, axis=0).ravel()
+    # A secret order: `permuted` shuffles each column by itself, so that a row changes its batch and
+    # not its place in it.
+    order = secret.permuted(np.arange(len(inputs)).reshape(-1, B), axis=0).ravel()
     losses = np.empty(targets.shape, np.float32)
     losses[order] = score(model, V, inputs[order], targets[order], B)
 
@@ -1012,7 +1020,7 @@ def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarr
     refuse_at(~np.isfinite(losses_NT), numbers, "a loss that is not finite")
     losses_PT = losses[len(scored) :]
     gaps_PT = np.abs(losses_PT - losses[originals_P])
-    is_other_PT = is_own_PT & ~(gaps_PT <= LOSS_TOLERANCE_NATS)  # or not a number
+    is_other_PT = is_own_PT & ~(gaps_PT <= LOSS_TOLERANCE_NATS)  # a > would let NaN pass
     refuse_at(is_other_PT, numbers[originals_P], OTHER_LOSS)
     refuse_at(np.isnan(losses_PT), numbers[originals_P], "a loss that is not a number")
     refuse_foresight(losses_PT[~is_own_PT], V)
@@ -1037,6 +1045,7 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 
 
 def say_bits(what: str, kinds_NT: np.ndarray, nats_NT: np.ndarray, lengths_NT: np.ndarray) -> None:
+    """Say the bits a byte of each kind of targets."""
     shown = []
     for kind in np.unique(kinds_NT[lengths_NT > 0]):
         is_kind_NT = kinds_NT == kind
@@ -1065,7 +1074,7 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
         lambda size: checked_losses(model, rows, size, V), batch_size, "rows of evaluation"
     )
     lengths_NT = fresh.token_lengths()[rows[:, 1:]]
-    nats_NT = np.where(lengths_NT > 0, losses_NT, 0).astype(np.float64)  # special tokens: in no sum
+    nats_NT = np.where(lengths_NT > 0, losses_NT, 0).astype(np.float64)  # none of special tokens
     eighth = math.ceil(MAX_SEQ_LEN / 8)
     spans_T = np.arange(MAX_SEQ_LEN) // eighth * eighth  # a span is named by its first position
     say_bits("position", np.broadcast_to(spans_T, nats_NT.shape), nats_NT, lengths_NT)

@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 # Above the import of torch, so that total_seconds counts it; importing this file reads no clock.
 STARTED_S = time.perf_counter() if __name__ == "__main__" else None
-# Lets torch's cache hold graphs with Flash Attention 3, for a warm-up that is 5 s shorter. Read
-# when torch is imported.
+# Lets torch's cache hold graphs with Flash Attention 3, for a warm-up that is 5 s shorter. torch
+# reads it when it is imported.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 
 import torch
@@ -62,13 +62,13 @@ MLP_RATIO = 4  # width of an MLP's hidden layer, in widths of the model
 
 EMBEDDING_STD = 1.0
 HEAD_STD = 0.001
-MATRIX_STD = 1.0  # x width^-1/2
+MATRIX_STD = 1.0  # x width^-1/2; of value embeddings, too
 RESIDUAL_START = 1.0  # r: how much of x a layer keeps
 SKIP_START = 0.1  # s: how much of the normalised embedding it adds
 
 TOTAL_BATCH_SIZE = scale(2**19, 2**12)  # tokens a step
 DEVICE_BATCH_SIZE = 64  # rows at a time, if a step has as many; halved where memory is short
-EVAL_BATCH_SIZE = scale(32, 8)  # rows at a time; all their logits are in memory
+EVAL_BATCH_SIZE = scale(32, 8)  # rows at a time; memory holds all their logits
 EMBEDDING_LR = scale(0.6, 0.5)  # x (width / 768)^-1/2
 UNEMBEDDING_LR = scale(0.004, 0.01)  # x (width / 768)^-1/2
 MATRIX_LR = scale(0.04, 0.015)
@@ -135,7 +135,7 @@ def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 class Linear(nn.Linear):
     """A matrix without bias, in float32, that is multiplied in the type of its input.
 
-    Of two that are applied in sequence set at most one to 0: with both at 0 neither learns.
+    Where one of them follows another, give at most one std=0: with both at 0 neither learns.
     """
 
     def __init__(self, inputs: int, outputs: int, std: float):
@@ -172,7 +172,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, idx, cos, sin):
         B, T, C = x.shape
-        # Three weights, so that Muon orthogonalizes each; one product, which is faster.
+        # Muon orthogonalizes each of the three weights; to multiply them as one is faster.
         weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])
         qkv = F.linear(x, weight.to(x.dtype)).view(B, T, sum(self.head_counts), -1)
         q, k, v = qkv.split(self.head_counts, dim=2)  # each (B, T, H, D)
@@ -220,15 +220,15 @@ class Head(Linear):
 
     def __init__(self, config: GPTConfig):
         super().__init__(config.n_embd, config.vocab_size, std=HEAD_STD)
-        nn.init.normal_(self.weight, std=HEAD_STD)  # where a Linear's are uniform
+        nn.init.normal_(self.weight, std=HEAD_STD)  # in place of Linear's uniform
 
     def forward(self, x, targets=None, reduction="mean"):
         z = super().forward(norm(x)).float()
-        # cap · tanh(z / cap), by a sigmoid: on a GPU tanh takes longer than reading the logits.
+        # cap · tanh(z / cap), by a sigmoid, as tanh is slow on a GPU.
         logits = LOGIT_SOFT_CAP * (2 * torch.sigmoid(2 / LOGIT_SOFT_CAP * z) - 1)
         if targets is None:
             return logits
-        # Compiled with the loss, logits in float32 are never written to memory.
+        # Compiled together, these two lines never write logits in float32 to memory.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
         return loss.view_as(targets) if reduction == "none" else loss
 
@@ -259,8 +259,8 @@ class GPT(nn.Module):
 
         What cannot be traced whole is an error. A deep copy of the model is not compiled.
         """
-        # All layers count against one limit of variants, by default 8: one for each window, with
-        # and without value embedding, for each number of rows.
+        # All layers share one limit of compiled variants, by default 8. A variant is a window, with
+        # or without value embedding, and a number of rows.
         torch._dynamo.config.recompile_limit = 64
         if self.wte.weight.is_cuda:
             super().compile(dynamic=False, fullgraph=True)
@@ -272,7 +272,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, reduction="mean"):
         cos = self.cos[: idx.size(1)]
         sin = self.sin[: idx.size(1)]
-        # Without gradients all layers would be compiled again, for the evaluation.
+        # Compiled layers would be compiled again for an evaluation without gradients: it has them,
+        # too, and uses what training compiled.
         with torch.set_grad_enabled(self.is_compiled_by_layer or torch.is_grad_enabled()):
             x0 = norm(self.wte(idx).to(self.dtype))
             x = x0.clone()  # if x were x0, the first layer would be compiled apart from the others
@@ -287,7 +288,7 @@ class GPT(nn.Module):
         return [table for table in tables if table not in multiplied]
 
     def flops_per_token(self) -> int:
-        """Of matrix products, forward and backward, attention by whole windows as is usual."""
+        """FLOPs of all matrix products, forward and backward; attention counts whole windows."""
         weights = sum(p.numel() for p in self.parameters() if p.ndim > 1)
         weights -= sum(table.numel() for table in self.tables())
         return 6 * weights + 12 * self.config.n_embd * sum(self.config.windows())
@@ -333,13 +334,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            for shape in dict.fromkeys(p.shape for p in group["params"]):
+            for shape in sorted({p.shape for p in group["params"]}):
                 self.update([p for p in group["params"] if p.shape == shape], group)
 
     def update(self, params: list[nn.Parameter], group: dict) -> None:
         weight = torch.stack(params)
         grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
         height, width = weight.shape[-2:]
+        # NorMuon (arXiv 2510.05491) keeps a mean square of each row; of a wide matrix, each column.
         averaged_dim = -1 if height >= width else -2
         state = self.state[params[0]]
         if not state:
@@ -348,8 +350,7 @@ class Muon(torch.optim.Optimizer):
         state["average"].lerp_(grad, 1 - group["momentum"])
         nesterov = grad.lerp(state["average"], group["momentum"])
         orthogonal = orthogonalize(nesterov.to(self.dtype)).float()
-        # NorMuon (arXiv 2510.05491): divide each row (of a wide matrix each column) by the root of
-        # a running mean of its squares; then give the matrix its norm back.
+        # It divides by their roots, and gives the matrix its norm back.
         squares = orthogonal.square().mean(averaged_dim, keepdim=True)
         state["squares"].lerp_(squares, 1 - group["beta2"])
         evened = orthogonal * state["squares"].clamp_min(1e-10).rsqrt()
@@ -363,9 +364,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def parameter_groups(model: GPT) -> list[dict]:
-    """The groups, with their optimizers and rates. A parameter is in the first that names it.
+    """The groups, with their optimizers and rates. A parameter is in the first that lists it.
 
-    Scalars, gains and biases that none names (r is one) are added to the last group.
+    Scalars, gains and biases that none lists (r is one) are added to the last group.
     """
     width_scale = (model.config.n_embd / 768) ** -0.5
     heads = [module.weight for module in model.modules() if isinstance(module, Head)]
@@ -388,7 +389,7 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     """One for each kind of group. Raises HarnessError for a matrix that no group names."""
     groups = parameter_groups(model)
     named = set()
-    for group in groups:  # what two of them name belongs to the first
+    for group in groups:  # what two of them list stays in the first
         own = []
         for p in group["params"]:
             if p not in named:
@@ -454,11 +455,11 @@ class Step(NamedTuple):
     end: float | torch.cuda.Event
 
     def wait(self) -> float:
-        """Wait for the end of the step; gives its time, on CUDA that of the return from waiting."""
+        """Wait until the step has ended; gives when that was, by time.perf_counter."""
         if isinstance(self.end, float):
             return self.end
         self.end.synchronize()
-        return time.perf_counter()
+        return time.perf_counter()  # an event has no time on this clock
 
 
 class Mark(NamedTuple):
@@ -487,7 +488,8 @@ def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         changes = torch._foreach_sub([p.detach() for p in group["params"]], before)
         relative_update = get_total_norm(changes) / get_total_norm(before)
-        gradient_norm = get_total_norm(gradients).to(relative_update)  # of none: a 0 on the CPU
+        # Without any gradient the norm is a 0 on the CPU.
+        gradient_norm = get_total_norm(gradients).to(relative_update)
         figures[group["name"]] = torch.stack([gradient_norm, relative_update])
     return figures
 
@@ -663,23 +665,23 @@ class Trained:
 
 
 def train(run: Run) -> Trained:
-    """Take steps until the budget is used, the last one less than a step beyond it.
+    """Take steps while the budget lasts; the last may end beyond it, by less than its own length.
 
     On CUDA a step is launched while the one before it runs, so that the GPU need not wait.
     """
     trained = Trained(run.step_s)
-    most_in_flight = 1 if run.platform.is_cuda else 0
-    in_flight = []  # steps that were launched and whose loss is not read
+    left_running = 1 if run.platform.is_cuda else 0  # steps, while the host goes on
+    in_flight = []  # steps that were launched and are not added to `trained`
     launched = 0
     while True:
-        now_s = time.perf_counter() - trained.started_s
-        # On CUDA a step is in flight: it began about now, and the next one begins when it ends.
-        begins_s = now_s + len(in_flight) * trained.usual_s
+        begins_s = time.perf_counter() - trained.started_s
+        if in_flight:  # it has just begun, and the next step begins when it ends
+            begins_s += trained.usual_s
         if begins_s >= TIME_BUDGET:
             break
         in_flight.append(run.take_step(begins_s / TIME_BUDGET, launched))
         launched += 1
-        if len(in_flight) > most_in_flight:
+        if len(in_flight) > left_running:
             trained.add(in_flight.pop(0))
     for step in in_flight:
         trained.add(step)
@@ -759,7 +761,7 @@ BACKENDS = {f.__name__: f for f in (flash_attn_3, torch_varlen, torch_sdpa, writ
 
 
 def load_flash_attn_3() -> bool:
-    """Load Flash Attention 3, if there is a build; the first run fetches it and notes what came."""
+    """Load Flash Attention 3, if there is a build. The first run fetches it, and notes whether."""
     global flash_attn_3_kernel
     import kernels
 
@@ -768,8 +770,9 @@ def load_flash_attn_3() -> bool:
     if not note.exists():
         say("fetching Flash Attention 3, this once")
         try:
-            build = kernels.install_kernel("kernels-community/flash-attn3", version=1)
-            outcome = {"folder": str(build.parents[1])}  # get_local_kernel takes that of all builds
+            # It gives FOLDER/build/VARIANT; get_local_kernel, below, takes FOLDER.
+            variant = kernels.install_kernel("kernels-community/flash-attn3", version=1)
+            outcome = {"folder": str(variant.parents[1])}
         except Exception as failure:  # of the network, or there is no build for these versions
             outcome = {"failure": f"{type(failure).__name__}: {failure}"[:300]}
         with prepare.written_whole(note) as file:
@@ -801,10 +804,10 @@ def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
     if is_nvidia and torch.cuda.get_device_capability() == (9, 0) and load_flash_attn_3():
         return "flash_attn_3"
     if is_nvidia and dtype == torch.bfloat16:
-        needed = (2, 12) if N_KV_HEAD > 0 else (2, 11)
+        needed = (2, 12) if N_KV_HEAD > 0 else (2, 11)  # the first with enable_gqa, or a window
         if torch.__version__ >= needed and torch.backends.cuda.is_flash_attention_available():
             return "torch_varlen"
-        say(f"no varlen_attn, which is faster: it needs torch {needed}, built with Flash Attention")
+        say(f"no varlen_attn, which is faster: torch is older than {needed}, or built without it")
     return "torch_sdpa"
 
 
@@ -818,7 +821,8 @@ def output_and_gradients(attend: Callable, q, k, v, dy, window: int) -> list[tor
 def check_attention(platform: "Platform", config: GPTConfig) -> None:
     """Compare the backend that was chosen with written_out, before there is a model.
 
-    On two rows, forwards and backwards. One that ATTENTION names may mean something else.
+    On two rows, forwards and backwards. One that ATTENTION names is not compared: whoever names it
+    may have changed what attention is.
     """
     name = platform.attention
     if name == "written_out" or ATTENTION:
@@ -877,7 +881,7 @@ class Platform(NamedTuple):
 
 
 def refuse_unusable_gpu() -> None:
-    """Raise HarnessError for an NVIDIA GPU that this torch cannot use, as with an old driver."""
+    """Raise HarnessError for an NVIDIA GPU that torch cannot use; an AMD one gets a line."""
     if Path("/dev/kfd").exists() and torch.version.hip is None:
         say("note: there is an AMD GPU, which is not used: this torch is not built for ROCm")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -888,15 +892,14 @@ def refuse_unusable_gpu() -> None:
     try:
         torch.cuda.init()
     except RuntimeError as failure:
-        is_asked_for = visible is not None
-        if "Found no NVIDIA driver" in str(failure):
-            return
-        if "No CUDA GPUs" in str(failure) and not is_asked_for:
+        why = str(failure).strip()
+        there_is_none = "Found no NVIDIA driver" in why or "No CUDA GPUs" in why
+        if there_is_none and visible is None:
             return
         raise HarnessError(
-            f"torch cannot use the GPU here: {str(failure).strip()[:120]}… With an older driver, "
-            "run: uv lock -P torch==2.10.0 && uv sync && uv run prepare.py. To train on the CPU, "
-            "set CUDA_VISIBLE_DEVICES to nothing"
+            f"torch cannot use the GPU here: {why[:120]}… If CUDA_VISIBLE_DEVICES names one that "
+            "is not there, change it (set to nothing, the CPU is used). With an older driver, run: "
+            "uv lock -P torch==2.10.0 && uv sync && uv run prepare.py"
         ) from failure
 
 
@@ -911,7 +914,7 @@ def set_up_cpu() -> None:
 
 
 def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch.compile works here, by a layer of torch's own."""
+    """Try torch.compile on a layer of torch's, which no mistake in the model can touch."""
     torch._dynamo.config.suppress_errors = False  # whatever the environment says
     layer = nn.RMSNorm(16, device=device, dtype=dtype)
     x = torch.ones(2, 16, device=device, dtype=dtype)
@@ -922,9 +925,9 @@ def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         loss, is_compiled = torch.compile(forward)(x)
         loss.backward()
-    except torch.AcceleratorError:
-        raise  # the GPU is broken, not the compiler
-    except Exception as failure:  # of a C++ compiler or Triton, or its absence
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
+        raise  # of the GPU, not of the compiler
+    except Exception as failure:  # the C++ compiler or Triton failed, or is missing
         why = str(failure).strip().partition("\n")[0][:120]
         say(f"not compiled, so slower ({type(failure).__name__}: {why}); is g++ or clang there?")
         return False

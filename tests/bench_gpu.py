@@ -60,6 +60,7 @@ def rate(case: str) -> None:
 
 def loader(case: str) -> None:
     """Batches behind a slow stream: what the device saw equals what was packed."""
+    prepare.open_prepared()
     T, tokenizer = train.MAX_SEQ_LEN, prepare.Tokenizer.from_directory()
     factors = torch.randint(2**40, (2, 16, T), generator=torch.Generator().manual_seed(0))
 

@@ -431,6 +431,7 @@ NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have a
     "answer, visible, refused",
     [
         *((NO_DRIVER, None, False), (TOO_OLD, None, True), (TOO_OLD, "", False)),
+        *((NO_DRIVER, "0", True), (NO_DRIVER, "-1", False)),
         *((TOO_OLD, "0", True), (NOT_THERE, None, False), (NOT_THERE, "7", True)),
     ],
 )

@@ -273,7 +273,7 @@ REMEDY = 'run: uv run prepare.py; without a network, set DATASET = "pysource" in
         ("VOCAB_SIZE", 259, "VOCAB_SIZE = 259 must be within 260 … 65536"),
         ("VOCAB_SIZE", 65537, "VOCAB_SIZE = 65537 must be within 260 … 65536"),
         ("EVAL_TOKENS", 511, "MAX_SEQ_LEN = 32 within 2 … EVAL_TOKENS = 511 / 16"),
-        ("HELD_OUT_SHARE", 0.01, "of 16 rows to validate on; bring 204,800 varied characters"),
+        ("HELD_OUT_SHARE", 0.01, "of 16 rows to validate on; bring 614,400 varied characters"),
         ("AUTORESEARCH_CACHE", __file__, "set AUTORESEARCH_CACHE to a folder that you may use"),
     ],
 )
@@ -297,12 +297,12 @@ def test_too_little_text_names_the_least_amount(own_text, monkeypatch, text):
         assert f"no file in {own_text}" in run_command(monkeypatch)
         return
     (own_text / "little.txt").write_text(text)
-    # 100 characters a token of the vocabulary, or 640 a token of a row.
-    assert "bring 40,000 varied characters" in run_command(monkeypatch)
+    # 100 characters a token of the vocabulary, or 1,920 a token of a row.
+    assert "bring 61,440 varied characters" in run_command(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "MAX_SEQ_LEN", 200)
         patch.setattr(prepare, "EVAL_TOKENS", 16 * 200)
-        assert "bring 128,000 varied characters" in run_command(monkeypatch)
+        assert "bring 384,000 varied characters" in run_command(monkeypatch)
 
 
 def test_text_that_was_brought_after_there_was_too_little_is_used(own_text, monkeypatch):
@@ -317,7 +317,7 @@ def test_text_that_was_brought_after_there_was_too_little_is_used(own_text, monk
 def test_one_long_document_is_too_little_to_validate_on(own_text, monkeypatch):
     shutil.rmtree(own_text)
     write_jsonl(own_text / "one.jsonl", [some_text(0, 5000)])
-    assert "of 16 rows to validate on; bring 40,000 varied" in run_command(monkeypatch)
+    assert "of 16 rows to validate on; bring 61,440 varied" in run_command(monkeypatch)
 
 
 def test_what_cannot_be_read_is_named_and_no_space_is_asked_for(own_text, monkeypatch, capsys):
