@@ -5,8 +5,8 @@
 One way through it, downwards: text, tokens, rows, batches, number.
 
 B batch (rows) · T time (positions of a row) · V vocabulary · N scored rows · P probes. A row
-holds T + 1 tokens: inputs are its first T, targets its last T. No text contains BOS; it starts
-every document, every row, and in rows every piece of a document.
+holds T + 1 tokens: inputs are its first T, targets its last T. No text contains BOS: it begins
+every document, and in a row every piece of one.
 """
 
 import argparse
@@ -159,7 +159,7 @@ PYSOURCE_SKIPS = ("__config__.py", "_distributor_init.py", "_distributor_init_lo
 # Of local text, the documents with the lowest hashes are held out until either limit is reached: a
 # fair sample of every folder and topic.
 HELD_OUT_SHARE = 0.1  # of the bytes of all text
-HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS: about 4 a token, of which packing loses two of three
+HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS: 4 a token, three times, as packing keeps a third
 LEAST_ROWS = 16  # of validation text: fewer would measure nothing
 SHARD_BYTES = 256 << 20  # of local text, about
 GATHERED = "documents"  # the folder that local text is gathered in
@@ -200,17 +200,17 @@ def local_files() -> list[Path]:
     return files
 
 
-@cache  # by `dataset`: text that changes while a process runs must not move what is prepared
+@cache  # so that text that changes while a process runs is the next one's
 def listing(dataset: str) -> list[tuple[str, int, float]]:
-    """Names, sizes and times of the files of a person's own text."""
+    """Names, sizes and times of the files of local text; `dataset` is only the cache's key."""
     return [(f.as_posix(), f.stat().st_size, f.stat().st_mtime) for f in local_files()]
 
 
 def text_pieces(file: TextIO) -> Iterator[str]:
     """Cut text into documents of about `least` to `most` characters.
 
-    They end, where it can be, before an unindented line after a blank one. So documents of pysource
-    are about its definitions; those of other text are about as long as a row.
+    They end, where they can, before an unindented line after a blank one. So a document of pysource
+    is about a definition; one of other text is about as long as a row.
     """
     if DATASET == "pysource":
         least = 200
@@ -242,7 +242,7 @@ def file_texts(path: Path) -> Iterator[str]:
         with open(path, "rb") as file:
             if b"\0" in file.read(8192):
                 raise ValueError("no text")
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             if path.suffix != ".jsonl":
                 yield from text_pieces(file)
                 return
@@ -252,7 +252,7 @@ def file_texts(path: Path) -> Iterator[str]:
                 yield text.encode(errors="replace").decode()
     except UNREADABLE as failure:
         why = f"{path} cannot be read: {type(failure).__name__}: {' '.join(str(failure).split())}"
-        # What gather_local_text has written is made again only as a whole.
+        # A gathered file is made again only with all others.
         broken = path.parent if path.parent.name == GATHERED else path
         raise Unreadable(f"{why}; remove {broken}, run: uv run prepare.py") from failure
 
@@ -283,7 +283,7 @@ def gather_local_text(directory: Path) -> None:
         order = np.argsort(hashes)
         bytes_so_far = np.cumsum(np.array(num_bytes)[order])
         num_held_out = np.searchsorted(bytes_so_far, most_bytes, side="right")
-        first_trained_hash = hashes[order[num_held_out]]  # the lowest hash that is not held out
+        first_trained_hash = hashes[order[num_held_out]]  # the lowest that is not held out
         shards = []
         for n in range(1 + sum(num_bytes) // SHARD_BYTES):
             shards.append(opened.enter_context(written_whole(directory / f"{n:04d}.jsonl")))
@@ -299,9 +299,9 @@ def gather_local_text(directory: Path) -> None:
 
 
 def too_little_text(found: int, needed: int, what: str) -> HarnessError:
-    for_tokens = 100 * VOCAB_SIZE  # each is to stand in some contexts
-    for_rows = round(LEAST_ROWS * MAX_SEQ_LEN * HELD_OUT_BYTES / HELD_OUT_SHARE)
-    chars = max(for_tokens, for_rows)
+    to_learn_tokens = 100 * VOCAB_SIZE
+    to_hold_out = LEAST_ROWS * MAX_SEQ_LEN * HELD_OUT_BYTES
+    chars = max(to_learn_tokens, round(to_hold_out / HELD_OUT_SHARE))
     return HarnessError(
         f'DATASET = "{DATASET}" has too little text: {found} of {needed} {what}; bring '
         f"{chars:,} varied characters, or lower VOCAB_SIZE or MAX_SEQ_LEN in prepare.py"
@@ -334,8 +334,9 @@ def receive(url: str, part: Path) -> str | None:
             message = f"{url}: {status} {answer.headers.get('X-Error-Message', answer.reason)}"
             if status in (401, 403, 404, 410):  # trying again is useless
                 raise HarnessError(f"{message} (if it has terms: accept them there, set HF_TOKEN)")
-            wait_s = answer.headers.get("Retry-After", "")
-            time.sleep(min(int(wait_s), 300) if wait_s.isdecimal() else 0)
+            wait_s = answer.headers.get("Retry-After", "0")
+            if wait_s.isdecimal():
+                time.sleep(min(int(wait_s), 300))
             raise requests.ConnectionError(message)
         if status == 200:  # all of it, from the start
             part.unlink(missing_ok=True)
@@ -358,7 +359,9 @@ def download_file(url: str, path: Path) -> None:
     """Fetch into `path`.part, with which a next call goes on, and rename it once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    longest = size_of(part)  # the most bytes that any attempt has left
+    # The most bytes that any attempt has left. Never less, so that a file that always comes damaged
+    # is not fetched for ever.
+    longest = size_of(part)
     failures = 0  # attempts in a row that left no more than that
     while True:
         try:
@@ -395,7 +398,7 @@ def download(repository: str, names: list[str], directory: Path, workers: int) -
     try:
         fetch(missing[0])
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(fetch, missing[1:]))  # ends at the first failure in this order
+            list(pool.map(fetch, missing[1:]))  # at the first failure those not begun are left out
     except (requests.RequestException, HarnessError) as failure:
         lost = [name for name in missing if not is_parquet(directory / name)]
         raise HarnessError(
@@ -519,10 +522,10 @@ BUFFER_SIZE = 1000  # pieces among which the packing chooses
 
 
 class Piece(NamedTuple):
-    """tokens[start : start + length] of a file. In a row BOS stands in place of the first of them.
+    """tokens[start : start + length] of a file, of which a row replaces the first by BOS.
 
-    That of a document is BOS. A piece that continues one starts at the last token of the piece
-    before, so that what BOS replaces has been served.
+    In the first piece of a document that is BOS already. A later piece begins with the last token
+    of the piece before it, so that no token is lost.
     """
 
     start: int
@@ -542,10 +545,10 @@ def beginnings(documents: list[Piece], most: int) -> list[Piece]:
 
 def rests(documents: list[Piece], most: int) -> list[Piece]:
     """What follows the beginnings, in pieces of at most `most` tokens."""
-    step = most - 1
+    step = most - 1  # as a piece repeats one token
     pieces = []
     for start, length in documents:
-        for offset in range(step, length - 1, step):
+        for offset in range(step, length - 1, step):  # to begin at the last token serves nothing
             pieces.append(Piece(start + offset, min(length - offset, most)))
     return pieces
 
@@ -746,7 +749,7 @@ def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
     train = [name for name, _ in shards]
     names = [vocabulary.name, *train, "val.bin", rows.name]
     content = {
-        "train": [name for name in train if size_of(folder / name) > 0],  # none that is empty
+        "train": [name for name in train if size_of(folder / name) > 0],  # numpy maps no empty file
         "sizes": {name: size_of(folder / name) for name in names},
         "sha256": {file.name: sha256_of(file) for file in (vocabulary, rows)},
     }
@@ -780,7 +783,7 @@ def prepare(num_shards: int | None = None, workers: int = 8) -> Prepared:
 
 
 def open_prepared() -> Prepared:
-    """What is prepared for the present constants; prepared first where it is not there, or torn."""
+    """What is prepared for the present constants; if missing or torn, it is prepared first."""
     prepared = read_manifest(prepared_directory())
     if prepared is None:
         say(f"{DATASET} is not prepared yet, or no longer whole; doing it now")
@@ -862,18 +865,17 @@ def make_dataloader(
 # Rows and probes are scored together, in a secret order. What a model may not do, and how it shows:
 #
 #   look at later tokens        its loss just before a cut is not that of the row
-#   look at later tokens, but   it predicts the random tokens behind a cut, which nobody can know
-#   give the loss remembered
-#   from the row
+#   do so, but recognise rows   it predicts the random tokens behind a cut, which nobody can know
+#   and repeat old losses
 #   look at other rows, or at   its loss before a cut is not that of the row
 #   earlier batches
 #   learn from scored rows      its weights or buffers change, or its losses do
 #   give losses of its own      it is asked for logits, and not given the targets
 #   score other rows or tokens  their SHA-256 is not the manifest's
 #
-# The share of positions at which a model looks ahead is about the share of the bits that it gains.
-# The first check refuses half of those with 1.5 % (0.15 % at the GPU scale), the second nine of ten
-# with 0.25 %, all with 0.5 %.
+# A model that looks ahead at a share s of positions gains about s of the bits. At s = 1.5 % (at the
+# GPU scale 0.15 %) the first check refuses half of such models; at s = 0.25 % the second refuses
+# nine of ten, from 0.5 % on all.
 #
 # No check in one process can see training on validation rows, another harness in this one's place,
 # a model that remembers rows and looks ahead only where text goes on as expected, work outside the
@@ -953,7 +955,7 @@ def score(model, V: int, inputs: np.ndarray, targets: np.ndarray, batch_size: in
         model.eval()
         losses = [token_losses(model, V, x, y) for x, y in zip(inputs, targets, strict=True)]
         return torch.cat(losses).cpu().numpy()
-    finally:  # also when memory ran out
+    finally:  # also when memory ran out, whose error a refusal replaces
         for module, mode in modes:
             module.training = mode
         after = state_of(model)
@@ -972,8 +974,9 @@ def refuse_at(bad: np.ndarray, numbers: np.ndarray, what: str) -> None:
 def refuse_foresight(losses: np.ndarray, V: int) -> None:
     """Refuse a model that predicts random tokens better than chance, by its losses of them in nats.
 
-    Whatever it predicts, a random token has 1/V of it in the mean. By Chernoff's bound the sum over
-    all, in the mean `expected`, comes to `found` with a chance of at most exp(-exponent).
+    The probability that a model gives to a token drawn at random is 1/V in the mean, whatever it
+    predicts. By Chernoff's bound the sum of these probabilities, `expected` in the mean, reaches
+    `found` with a chance of at most exp(-exponent).
     """
     found = np.exp(-losses.astype(np.float64)).sum()
     expected = len(losses) / V
@@ -993,26 +996,26 @@ def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarr
     num_batches = math.ceil(N / B)
     numbers = np.arange(num_batches * B) % N  # the last batch is filled up with the first rows
     scored = rows[numbers]
-    # Each probe, P in all, is a copy of a row that has the same place in its batch.
+    # P probes, each a copy of a row: of any batch, at the place in it that the probe has.
     P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
-    batches_P = secret.integers(num_batches, size=P)
-    originals_P = batches_P * B + np.arange(P) % B  # indices of `scored`
+    places_P = np.arange(P) % B
+    originals_P = secret.integers(num_batches, size=P) * B + places_P  # indices of `scored`
     copied = scored[originals_P]  # (P, T + 1)
     noise = secret.integers(V, size=copied.shape)
     cuts_P1 = secret.integers(1, T, size=(P, 1))
-    whole = secret.choice(P, math.ceil(P / 8), replace=False)
-    cuts_P1[whole] = T  # so that the last positions are compared, too
+    unaltered = secret.choice(P, math.ceil(P / 8), replace=False)
+    cuts_P1[unaltered] = T  # so that the last positions are compared, too
     probes = np.where(np.arange(T + 1) < cuts_P1, copied, noise)
-    # Input t is the row's own if t < cut, and so is target t, which is token t + 1: at cut - 1 the
-    # target is own and the next input random, so that a model that looks at it gets another loss.
+    # Own inputs are tokens 0 to cut - 1, own targets tokens 1 to cut. The last of these targets is
+    # no input of the probe: whoever looks one token ahead sees noise there, and gets another loss.
     is_own_PT = np.arange(T) < cuts_P1
     targets_PT = np.where(is_own_PT, copied[:, 1:], noise[:, 1:])
 
     inputs = np.concatenate([scored, probes])[:, :-1]
     targets = np.concatenate([scored[:, 1:], targets_PT])
-    # A secret order: `permuted` shuffles each column by itself, so that a row changes its batch and
-    # not its place in it.
-    order = secret.permuted(np.arange(len(inputs)).reshape(-1, B), axis=0).ravel()
+    # A secret order: a row changes its batch but not its place, as columns are shuffled apart.
+    by_batch_and_place = np.arange(len(inputs)).reshape(-1, B)
+    order = secret.permuted(by_batch_and_place, axis=0).ravel()
     losses = np.empty(targets.shape, np.float32)
     losses[order] = score(model, V, inputs[order], targets[order], B)
 

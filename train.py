@@ -135,7 +135,7 @@ def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 class Linear(nn.Linear):
     """A matrix without bias, in float32, that is multiplied in the type of its input.
 
-    Where one of them follows another, give at most one std=0: with both at 0 neither learns.
+    Where the output of one feeds another, give at most one std=0: with both at 0 neither learns.
     """
 
     def __init__(self, inputs: int, outputs: int, std: float):
@@ -272,8 +272,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, reduction="mean"):
         cos = self.cos[: idx.size(1)]
         sin = self.sin[: idx.size(1)]
-        # Compiled layers would be compiled again for an evaluation without gradients: it has them,
-        # too, and uses what training compiled.
+        # Without gradients all layers would be compiled again: an evaluation runs with them, too,
+        # by what was compiled for training.
         with torch.set_grad_enabled(self.is_compiled_by_layer or torch.is_grad_enabled()):
             x0 = norm(self.wte(idx).to(self.dtype))
             x = x0.clone()  # if x were x0, the first layer would be compiled apart from the others
@@ -327,7 +327,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype):
-        self.dtype = dtype  # of products
+        self.dtype = dtype  # of the products in orthogonalize
         defaults = dict(momentum=MUON_MOMENTUM[0], momentum_from_to=MUON_MOMENTUM, beta2=MUON_BETA2)
         super().__init__(groups, defaults | dict(weight_decay=WEIGHT_DECAY))
 
@@ -341,8 +341,7 @@ class Muon(torch.optim.Optimizer):
         weight = torch.stack(params)
         grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
         height, width = weight.shape[-2:]
-        # NorMuon (arXiv 2510.05491) keeps a mean square of each row; of a wide matrix, each column.
-        averaged_dim = -1 if height >= width else -2
+        averaged_dim = -1 if height >= width else -2  # one mean square a row; if wide, a column
         state = self.state[params[0]]
         if not state:
             state["average"] = torch.zeros_like(grad)
@@ -350,7 +349,8 @@ class Muon(torch.optim.Optimizer):
         state["average"].lerp_(grad, 1 - group["momentum"])
         nesterov = grad.lerp(state["average"], group["momentum"])
         orthogonal = orthogonalize(nesterov.to(self.dtype)).float()
-        # It divides by their roots, and gives the matrix its norm back.
+        # NorMuon (arXiv 2510.05491): divide each row (column) by the root of its running mean
+        # square; then give the matrix its norm back.
         squares = orthogonal.square().mean(averaged_dim, keepdim=True)
         state["squares"].lerp_(squares, 1 - group["beta2"])
         evened = orthogonal * state["squares"].clamp_min(1e-10).rsqrt()
@@ -364,9 +364,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def parameter_groups(model: GPT) -> list[dict]:
-    """The groups, with their optimizers and rates. A parameter is in the first that lists it.
+    """The groups, with their optimizers and rates.
 
-    Scalars, gains and biases that none lists (r is one) are added to the last group.
+    make_optimizers keeps a parameter in the first group that lists it, and adds scalars, gains and
+    biases that none lists, such as r, to the last one.
     """
     width_scale = (model.config.n_embd / 768) ** -0.5
     heads = [module.weight for module in model.modules() if isinstance(module, Head)]
@@ -477,7 +478,7 @@ def check_finite(loss: float, step: str) -> None:
 def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
     """Take the optimizers' step; gives two figures of each group, by its name.
 
-    The norm of its gradients, and that of the update over that of the weights.
+    The norm of its gradients, and norm(update) / norm(weights).
     """
     groups = groups_of(optimizers)
     weights_before = [[p.detach().clone() for p in group["params"]] for group in groups]
@@ -576,7 +577,7 @@ class Run:
         micro_batches = TOTAL_BATCH_SIZE // (self.rows * MAX_SEQ_LEN)
         total_loss = torch.zeros((), device=self.platform.device)
         tokens = 0
-        self.end_part("rest")  # all since the last step
+        self.end_part("rest")  # the time between the last step and this one
         for _ in range(micro_batches):
             inputs, targets, epoch = next(self.batches)
             self.end_part("data")
@@ -635,7 +636,7 @@ class Trained:
         self.tokens = 0
         self.epoch = 1
         self.steps_s = []  # how long each took
-        self.usual_s = usual_s  # the median of the last ones
+        self.usual_s = usual_s  # the median of the last ones; before them, a trial step's
         self.ended_s = 0.0  # when the last of them ended, on the clock
         self.started_s = time.perf_counter()  # here the clock starts
 
@@ -670,18 +671,18 @@ def train(run: Run) -> Trained:
     On CUDA a step is launched while the one before it runs, so that the GPU need not wait.
     """
     trained = Trained(run.step_s)
-    left_running = 1 if run.platform.is_cuda else 0  # steps, while the host goes on
+    most_in_flight = 1 if run.platform.is_cuda else 0  # while the host prepares the next step
     in_flight = []  # steps that were launched and are not added to `trained`
     launched = 0
     while True:
         begins_s = time.perf_counter() - trained.started_s
-        if in_flight:  # it has just begun, and the next step begins when it ends
+        if in_flight:  # it began just now, as `add` has seen the one before it end
             begins_s += trained.usual_s
         if begins_s >= TIME_BUDGET:
             break
         in_flight.append(run.take_step(begins_s / TIME_BUDGET, launched))
         launched += 1
-        if len(in_flight) > left_running:
+        if len(in_flight) > most_in_flight:
             trained.add(in_flight.pop(0))
     for step in in_flight:
         trained.add(step)
@@ -735,7 +736,7 @@ def torch_sdpa(q, k, v, window):
 
 
 def torch_varlen(q, k, v, window):
-    """Flash Attention as torch has it (2.11 and later), over rows laid end to end."""
+    """Flash Attention as torch has it, over rows laid end to end."""
     from torch.nn.attention.varlen import varlen_attn
 
     B, T, H, D = q.shape
@@ -761,7 +762,7 @@ BACKENDS = {f.__name__: f for f in (flash_attn_3, torch_varlen, torch_sdpa, writ
 
 
 def load_flash_attn_3() -> bool:
-    """Load Flash Attention 3, if there is a build. The first run fetches it, and notes whether."""
+    """Load Flash Attention 3, if there is a build; the first run fetches it and notes what came."""
     global flash_attn_3_kernel
     import kernels
 
@@ -804,7 +805,7 @@ def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
     if is_nvidia and torch.cuda.get_device_capability() == (9, 0) and load_flash_attn_3():
         return "flash_attn_3"
     if is_nvidia and dtype == torch.bfloat16:
-        needed = (2, 12) if N_KV_HEAD > 0 else (2, 11)  # the first with enable_gqa, or a window
+        needed = (2, 12) if N_KV_HEAD > 0 else (2, 11)  # for enable_gqa; for window_size
         if torch.__version__ >= needed and torch.backends.cuda.is_flash_attention_available():
             return "torch_varlen"
         say(f"no varlen_attn, which is faster: torch is older than {needed}, or built without it")
@@ -821,8 +822,8 @@ def output_and_gradients(attend: Callable, q, k, v, dy, window: int) -> list[tor
 def check_attention(platform: "Platform", config: GPTConfig) -> None:
     """Compare the backend that was chosen with written_out, before there is a model.
 
-    On two rows, forwards and backwards. One that ATTENTION names is not compared: whoever names it
-    may have changed what attention is.
+    Both run on two rows, forwards and backwards. A backend that ATTENTION names is not compared:
+    whoever names it may have changed what attention is.
     """
     name = platform.attention
     if name == "written_out" or ATTENTION:
@@ -945,7 +946,7 @@ def find_platform() -> Platform:
         is_rocm = torch.version.hip is not None  # all its chips have bf16
         has_fast_bf16 = is_rocm or torch.cuda.get_device_capability() >= (8, 0)
         torch.set_float32_matmul_precision("high")  # TF32
-        # On WSL memory beyond what is free would silently come from the host.
+        # Under WSL, more than the GPU's free memory would silently come from the host.
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(free_bytes / total_bytes)
     elif torch.backends.mps.is_available():
@@ -995,7 +996,7 @@ def describe(run: Run) -> None:
 def diagnose(run: Run) -> None:
     """Say how each group moved, stage by stage, and where the time went."""
     for group in groups_of(run.optimizers):
-        figures = [stage[group["name"]].tolist() for stage in run.figures]
+        figures = [by_group[group["name"]].tolist() for by_group in run.figures]
         gradients = " ".join(f"{norm:.2g}" for norm, _ in figures)
         updates = " ".join(f"{update:.1e}" for _, update in figures)
         say(f"group {group['name']}: gradient norm {gradients} · update / weights {updates}")
@@ -1010,7 +1011,7 @@ def diagnose(run: Run) -> None:
 
 
 def peak_memory_mb(platform: Platform) -> float:
-    """Of the GPU with CUDA; elsewhere the process's peak resident memory."""
+    """Peak memory in MiB: with CUDA what torch allocated, else what the process had resident."""
     if platform.is_cuda:
         return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform == "win32":

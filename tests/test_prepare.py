@@ -441,7 +441,7 @@ def test_documents_come_from_every_kind_of_file_and_what_is_odd_is_named(own_tex
         "a.txt": b"of a text file\r\n",
         "deep/b.md": "# of Markdown: 狐狸 😀".encode(),
         "deep/er/c.py": b"code = 1\n",
-        "d.jsonl": b'{"text": "of JSON, 1", "n": 1}\n\n{"text": "\\ud800 of JSON, 2"}',
+        "d.jsonl": b'\xef\xbb\xbf{"text": "of JSON, 1", "n": 1}\n\n{"text": "\\ud800 of JSON, 2"}',
         "latin.txt": "Käse für alle".encode("latin-1"),
         "greek.txt": "τυρί".encode("iso8859-7"),
         "image.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
