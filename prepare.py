@@ -5,8 +5,8 @@
 One way through it, downwards: text, tokens, rows, batches, number.
 
 B batch (rows) · T time (positions of a row) · V vocabulary · N scored rows · P probes. A row
-holds T + 1 tokens: inputs are its first T, targets its last T. No text contains BOS: it begins
-every document, and in a row every piece of one.
+holds T + 1 tokens: inputs are its first T, targets its last T. BOS is in no text; it begins every
+document, and in a row every piece of one.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from tqdm import tqdm
 _CUDA = torch.cuda.is_available()
 # climbmix, tinystories, pysource, or the path of a folder or file of your own.
 DATASET = "climbmix" if _CUDA else "pysource"
-NUM_SHARDS = 10  # files of a data set of the hub to train on, the first ones; -1: all
+NUM_SHARDS = 10  # of the hub's files, how many are trained on, from the first one; -1: all
 VOCAB_SIZE = 8192 if _CUDA else 2048  # tokens: 256 single bytes, merges, 4 special ones
 MAX_SEQ_LEN = 2048 if _CUDA else 512  # T, in tokens
 EVAL_TOKENS = 40 * 524288 if _CUDA else 524288  # the most tokens that are scored
@@ -157,9 +157,10 @@ PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
 PYSOURCE_SKIPS = ("__config__.py", "_distributor_init.py", "_distributor_init_local.py")
 
 # Of local text, the documents with the lowest hashes are held out until either limit is reached: a
-# fair sample of every folder and topic.
+# fair sample of every folder and topic. A token is about 4 bytes, and packing whole documents into
+# rows keeps about one token of three: 12 bytes of text for each token that is scored.
 HELD_OUT_SHARE = 0.1  # of the bytes of all text
-HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS: 4 a token, three times, as packing keeps a third
+HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS
 LEAST_ROWS = 16  # of validation text: fewer would measure nothing
 SHARD_BYTES = 256 << 20  # of local text, about
 GATHERED = "documents"  # the folder that local text is gathered in
@@ -200,17 +201,18 @@ def local_files() -> list[Path]:
     return files
 
 
-@cache  # so that text that changes while a process runs is the next one's
+# Once a process, so that a run keeps the folder that it began with, whatever happens to the text.
+@cache
 def listing(dataset: str) -> list[tuple[str, int, float]]:
     """Names, sizes and times of the files of local text; `dataset` is only the cache's key."""
     return [(f.as_posix(), f.stat().st_size, f.stat().st_mtime) for f in local_files()]
 
 
 def text_pieces(file: TextIO) -> Iterator[str]:
-    """Cut text into documents of about `least` to `most` characters.
+    """Cut text into documents. From `least` characters on they end before an unindented line that
+    follows a blank one, else where a line, or a part of one, would make more than `most`.
 
-    They end, where they can, before an unindented line after a blank one. So a document of pysource
-    is about a definition; one of other text is about as long as a row.
+    So a document of pysource is about a definition; one of other text is about as long as a row.
     """
     if DATASET == "pysource":
         least = 200
@@ -252,7 +254,7 @@ def file_texts(path: Path) -> Iterator[str]:
                 yield text.encode(errors="replace").decode()
     except UNREADABLE as failure:
         why = f"{path} cannot be read: {type(failure).__name__}: {' '.join(str(failure).split())}"
-        # A gathered file is made again only with all others.
+        # Remove a whole folder of gathered files: they are made again only together.
         broken = path.parent if path.parent.name == GATHERED else path
         raise Unreadable(f"{why}; remove {broken}, run: uv run prepare.py") from failure
 
@@ -283,7 +285,7 @@ def gather_local_text(directory: Path) -> None:
         order = np.argsort(hashes)
         bytes_so_far = np.cumsum(np.array(num_bytes)[order])
         num_held_out = np.searchsorted(bytes_so_far, most_bytes, side="right")
-        first_trained_hash = hashes[order[num_held_out]]  # the lowest that is not held out
+        first_trained_hash = hashes[order[num_held_out]]  # there is one: the share is below 1
         shards = []
         for n in range(1 + sum(num_bytes) // SHARD_BYTES):
             shards.append(opened.enter_context(written_whole(directory / f"{n:04d}.jsonl")))
@@ -299,9 +301,9 @@ def gather_local_text(directory: Path) -> None:
 
 
 def too_little_text(found: int, needed: int, what: str) -> HarnessError:
-    to_learn_tokens = 100 * VOCAB_SIZE
-    to_hold_out = LEAST_ROWS * MAX_SEQ_LEN * HELD_OUT_BYTES
-    chars = max(to_learn_tokens, round(to_hold_out / HELD_OUT_SHARE))
+    chars_for_vocabulary = 100 * VOCAB_SIZE
+    chars_held_out = LEAST_ROWS * MAX_SEQ_LEN * HELD_OUT_BYTES
+    chars = max(chars_for_vocabulary, round(chars_held_out / HELD_OUT_SHARE))
     return HarnessError(
         f'DATASET = "{DATASET}" has too little text: {found} of {needed} {what}; bring '
         f"{chars:,} varied characters, or lower VOCAB_SIZE or MAX_SEQ_LEN in prepare.py"
@@ -310,7 +312,7 @@ def too_little_text(found: int, needed: int, what: str) -> HarnessError:
 
 # --- Download -----------------------------------------------------------------
 
-RETRY_WAITS_S = (1, 2, 4, 8, 16)  # between attempts in a row that bring no new byte
+RETRY_WAITS_S = (1, 2, 4, 8, 16)  # before further attempts; anew when there was progress
 TIMEOUT_S = (10, 30)  # to connect; between two bytes
 
 
@@ -359,10 +361,8 @@ def download_file(url: str, path: Path) -> None:
     """Fetch into `path`.part, with which a next call goes on, and rename it once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    # The most bytes that any attempt has left. Never less, so that a file that always comes damaged
-    # is not fetched for ever.
-    longest = size_of(part)
-    failures = 0  # attempts in a row that left no more than that
+    longest = size_of(part)  # to fetch again what a damaged file had is no progress
+    waits_left_s = list(RETRY_WAITS_S)
     while True:
         try:
             digest = receive(url, part)
@@ -375,11 +375,10 @@ def download_file(url: str, path: Path) -> None:
             problem = failure
         if size_of(part) > longest:
             longest = size_of(part)
-            failures = 0
-        if failures == len(RETRY_WAITS_S):
+            waits_left_s = list(RETRY_WAITS_S)
+        if not waits_left_s:
             raise problem
-        time.sleep(RETRY_WAITS_S[failures])
-        failures += 1
+        time.sleep(waits_left_s.pop(0))
 
 
 def download(repository: str, names: list[str], directory: Path, workers: int) -> None:
@@ -398,7 +397,7 @@ def download(repository: str, names: list[str], directory: Path, workers: int) -
     try:
         fetch(missing[0])
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(fetch, missing[1:]))  # at the first failure those not begun are left out
+            list(pool.map(fetch, missing[1:]))  # raises the first failure, begins no more files
     except (requests.RequestException, HarnessError) as failure:
         lost = [name for name in missing if not is_parquet(directory / name)]
         raise HarnessError(
@@ -462,7 +461,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, tokenizer_dir: str | Path | None = None) -> "Tokenizer":
-        """The prepared one, TOKENIZER_DIR's, if no other is named."""
+        """Load that of `tokenizer_dir`, by default of TOKENIZER_DIR."""
         file = Path(tokenizer_dir or prepared_directory()) / TOKENIZER_FILE
         if not file.exists():
             raise HarnessError(f"no tokenizer in {file.parent}; run: uv run prepare.py")
@@ -476,8 +475,9 @@ class Tokenizer:
         return len(self.ranks)
 
     def encode(self, text: str | list[str], prepend: int | str | None = None, num_threads: int = 8):
-        """The ids of a text; of a list of texts, a list of such lists. No text is a special token.
+        """The ids of a text; of a list of texts, a list of such lists.
 
+        Text that spells a special token is encoded as any other text.
         `prepend`, the number or the text of a token, comes before each: `prepend=BOS_TOKEN`.
         """
         if isinstance(text, list):
@@ -522,10 +522,10 @@ BUFFER_SIZE = 1000  # pieces among which the packing chooses
 
 
 class Piece(NamedTuple):
-    """tokens[start : start + length] of a file, of which a row replaces the first by BOS.
+    """tokens[start : start + length] of a file, whose first token becomes BOS in a row.
 
-    In the first piece of a document that is BOS already. A later piece begins with the last token
-    of the piece before it, so that no token is lost.
+    The first piece of a document begins with BOS anyway. A later one begins with the last token of
+    the piece before it, so that none is lost.
     """
 
     start: int
@@ -548,7 +548,7 @@ def rests(documents: list[Piece], most: int) -> list[Piece]:
     step = most - 1  # as a piece repeats one token
     pieces = []
     for start, length in documents:
-        for offset in range(step, length - 1, step):  # to begin at the last token serves nothing
+        for offset in range(step, length - 1, step):  # one token alone has no target
             pieces.append(Piece(start + offset, min(length - offset, most)))
     return pieces
 
@@ -556,7 +556,7 @@ def rests(documents: list[Piece], most: int) -> list[Piece]:
 def pack_rows(
     pieces: Iterable[Piece], row_tokens: int, buffer_size: int = BUFFER_SIZE, keep_rest=False
 ) -> Iterator[list[Piece]]:
-    """Best-fit packing into full rows, by the rule of the reference (karpathy/autoresearch).
+    """Best-fit packing into full rows, by the rule behind the published scores on ClimbMix.
 
     Of a buffer of pieces take the longest that still fits; when none does, cut the shortest to fill
     the row. Of equals take the first that arrived. What is cut off is lost; with `keep_rest`, for
@@ -564,6 +564,10 @@ def pack_rows(
     """
     arriving = enumerate(pieces)
     buffer: list[tuple[int, int, int]] = []  # (length, number of arrival, start), sorted
+
+    def num_shorter(length: int) -> int:
+        return bisect_left(buffer, (length, 0, 0))
+
     while True:
         row = []
         room = row_tokens
@@ -572,13 +576,12 @@ def pack_rows(
                 insort(buffer, (length, number, start))
             if not buffer:
                 return  # without the last row, which is not full
-            # (n, 0, 0) sorts before every piece of length n.
-            num_fitting = bisect_left(buffer, (room + 1, 0, 0))
+            num_fitting = num_shorter(room + 1)
             if num_fitting == 0:
                 place = 0  # the shortest, which is cut
             else:
                 longest = buffer[num_fitting - 1][0]
-                place = bisect_left(buffer, (longest, 0, 0))  # of those the first that arrived
+                place = num_shorter(longest)  # of those the first that arrived
             length, number, start = buffer.pop(place)
             taken = min(length, room)
             row.append(Piece(start, taken))
@@ -852,8 +855,8 @@ def make_dataloader(
             while True:
                 inputs, targets, epoch = ahead.pop(0).result()
                 ahead.append(pool.submit(make_batch))
-                # A copy from pinned memory is not waited for: torch reuses that memory only after
-                # the copy, and nothing here writes to a batch again.
+                # Do not wait for a copy from pinned memory: torch keeps that memory until the copy
+                # has ended, and nothing here writes to a batch again.
                 inputs = inputs.to(device, non_blocking=is_cuda)
                 yield inputs, targets.to(device, non_blocking=is_cuda), epoch
 
@@ -865,17 +868,17 @@ def make_dataloader(
 # Rows and probes are scored together, in a secret order. What a model may not do, and how it shows:
 #
 #   look at later tokens        its loss just before a cut is not that of the row
-#   do so, but recognise rows   it predicts the random tokens behind a cut, which nobody can know
-#   and repeat old losses
+#   do so, but answer for rows  it predicts the random tokens behind a cut, which nobody can know
+#   that it knows as before
 #   look at other rows, or at   its loss before a cut is not that of the row
 #   earlier batches
 #   learn from scored rows      its weights or buffers change, or its losses do
 #   give losses of its own      it is asked for logits, and not given the targets
 #   score other rows or tokens  their SHA-256 is not the manifest's
 #
-# A model that looks ahead at a share s of positions gains about s of the bits. At s = 1.5 % (at the
-# GPU scale 0.15 %) the first check refuses half of such models; at s = 0.25 % the second refuses
-# nine of ten, from 0.5 % on all.
+# A model that looks ahead at a share s of positions gains about s of the bits. By the losses before
+# a cut half of such models are refused at s = 1.5 % (GPU scale: 0.15 %); by the predictions behind
+# it nine of ten at s = 0.25 %, all at 0.5 % (small scale).
 #
 # No check in one process can see training on validation rows, another harness in this one's place,
 # a model that remembers rows and looks ahead only where text goes on as expected, work outside the
@@ -907,17 +910,17 @@ def halve_until_it_fits(attempt: Callable, rows: int, name: str):
             return attempt(rows)
         except Exception as failure:
             is_full = isinstance(failure, MemoryError) or any(word in str(failure) for word in full)
-            # After an AcceleratorError the device can do no more; what is refused stays refused.
+            # An AcceleratorError leaves the device unusable; a HarnessError is no lack of memory.
             is_final = isinstance(failure, torch.AcceleratorError | HarnessError)
             if is_final or rows == 1 or not is_full:
                 raise
             traceback.clear_frames(failure.__traceback__)  # which hold what did not fit
-        rows = rows // 2 if rows % 2 == 0 else 1  # so that it divides the first number
+        rows = rows // 2 if rows % 2 == 0 else 1  # divides the rows of a step still
         say(f"out of memory: going on with {name} = {rows}")
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()  # what did not fit is not the run's peak
 
 
 def token_losses(model, V: int, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -955,7 +958,7 @@ def score(model, V: int, inputs: np.ndarray, targets: np.ndarray, batch_size: in
         model.eval()
         losses = [token_losses(model, V, x, y) for x, y in zip(inputs, targets, strict=True)]
         return torch.cat(losses).cpu().numpy()
-    finally:  # also when memory ran out, whose error a refusal replaces
+    finally:  # also when memory ran out: a model that had changed before is refused
         for module, mode in modes:
             module.training = mode
         after = state_of(model)
@@ -972,16 +975,13 @@ def refuse_at(bad: np.ndarray, numbers: np.ndarray, what: str) -> None:
 
 
 def refuse_foresight(losses: np.ndarray, V: int) -> None:
-    """Refuse a model that predicts random tokens better than chance, by its losses of them in nats.
-
-    The probability that a model gives to a token drawn at random is 1/V in the mean, whatever it
-    predicts. By Chernoff's bound the sum of these probabilities, `expected` in the mean, reaches
-    `found` with a chance of at most exp(-exponent).
-    """
-    found = np.exp(-losses.astype(np.float64)).sum()
+    """Refuse a model that predicts random tokens better than chance; their losses are in nats."""
+    found = np.exp(-losses.astype(np.float64)).sum()  # of the probabilities that it gave them
+    # Whatever it predicts, a token drawn at random has a probability of 1/V in the mean.
     expected = len(losses) / V
     if found <= expected:
         return
+    # By Chernoff's bound such a sum is as large with a chance of at most exp(-exponent).
     exponent = found * np.log(found / expected) - found + expected
     if exponent > FORESIGHT_EXPONENT:
         raise Refused("the model foresaw tokens drawn at random: it looks at later tokens")
@@ -996,7 +996,8 @@ def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarr
     num_batches = math.ceil(N / B)
     numbers = np.arange(num_batches * B) % N  # the last batch is filled up with the first rows
     scored = rows[numbers]
-    # P probes, each a copy of a row: of any batch, at the place in it that the probe has.
+    # Probe p has place p % B in its batch. It is a copy of a row with the same place in some batch,
+    # as losses repeat to the last bit only there.
     P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
     places_P = np.arange(P) % B
     originals_P = secret.integers(num_batches, size=P) * B + places_P  # indices of `scored`
@@ -1006,14 +1007,15 @@ def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarr
     unaltered = secret.choice(P, math.ceil(P / 8), replace=False)
     cuts_P1[unaltered] = T  # so that the last positions are compared, too
     probes = np.where(np.arange(T + 1) < cuts_P1, copied, noise)
-    # Own inputs are tokens 0 to cut - 1, own targets tokens 1 to cut. The last of these targets is
-    # no input of the probe: whoever looks one token ahead sees noise there, and gets another loss.
-    is_own_PT = np.arange(T) < cuts_P1
-    targets_PT = np.where(is_own_PT, copied[:, 1:], noise[:, 1:])
+    # Position t reads token t and predicts token t + 1. All before the cut read and predict the
+    # row's own tokens. The last of them predicts token `cut`, which is noise as the next input: a
+    # model that looks one token ahead gets another loss there.
+    is_before_cut_PT = np.arange(T) < cuts_P1
+    targets_PT = np.where(is_before_cut_PT, copied[:, 1:], noise[:, 1:])
 
     inputs = np.concatenate([scored, probes])[:, :-1]
     targets = np.concatenate([scored[:, 1:], targets_PT])
-    # A secret order: a row changes its batch but not its place, as columns are shuffled apart.
+    # A secret order: each column, of one place in all batches, is shuffled by itself.
     by_batch_and_place = np.arange(len(inputs)).reshape(-1, B)
     order = secret.permuted(by_batch_and_place, axis=0).ravel()
     losses = np.empty(targets.shape, np.float32)
@@ -1023,10 +1025,10 @@ def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarr
     refuse_at(~np.isfinite(losses_NT), numbers, "a loss that is not finite")
     losses_PT = losses[len(scored) :]
     gaps_PT = np.abs(losses_PT - losses[originals_P])
-    is_other_PT = is_own_PT & ~(gaps_PT <= LOSS_TOLERANCE_NATS)  # a > would let NaN pass
+    is_other_PT = is_before_cut_PT & ~(gaps_PT <= LOSS_TOLERANCE_NATS)  # a > would let NaN pass
     refuse_at(is_other_PT, numbers[originals_P], OTHER_LOSS)
     refuse_at(np.isnan(losses_PT), numbers[originals_P], "a loss that is not a number")
-    refuse_foresight(losses_PT[~is_own_PT], V)
+    refuse_foresight(losses_PT[~is_before_cut_PT], V)
     return losses_NT
 
 
@@ -1048,7 +1050,7 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 
 
 def say_bits(what: str, kinds_NT: np.ndarray, nats_NT: np.ndarray, lengths_NT: np.ndarray) -> None:
-    """Say the bits a byte of each kind of targets."""
+    """Say the bits a byte of each kind of targets; `kinds_NT` has a label for each target."""
     shown = []
     for kind in np.unique(kinds_NT[lengths_NT > 0]):
         is_kind_NT = kinds_NT == kind

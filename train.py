@@ -228,7 +228,7 @@ class Head(Linear):
         logits = LOGIT_SOFT_CAP * (2 * torch.sigmoid(2 / LOGIT_SOFT_CAP * z) - 1)
         if targets is None:
             return logits
-        # Compiled together, these two lines never write logits in float32 to memory.
+        # Compiled together with the soft-cap, this never writes logits in float32 to memory.
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
         return loss.view_as(targets) if reduction == "none" else loss
 
@@ -272,8 +272,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, reduction="mean"):
         cos = self.cos[: idx.size(1)]
         sin = self.sin[: idx.size(1)]
-        # Without gradients all layers would be compiled again: an evaluation runs with them, too,
-        # by what was compiled for training.
+        # Layers compiled for training would be compiled again for an evaluation without gradients:
+        # it keeps them on, and uses the same code.
         with torch.set_grad_enabled(self.is_compiled_by_layer or torch.is_grad_enabled()):
             x0 = norm(self.wte(idx).to(self.dtype))
             x = x0.clone()  # if x were x0, the first layer would be compiled apart from the others
@@ -456,7 +456,7 @@ class Step(NamedTuple):
     end: float | torch.cuda.Event
 
     def wait(self) -> float:
-        """Wait until the step has ended; gives when that was, by time.perf_counter."""
+        """Wait until the step has ended; gives when the host saw that, by time.perf_counter."""
         if isinstance(self.end, float):
             return self.end
         self.end.synchronize()
@@ -489,7 +489,7 @@ def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         changes = torch._foreach_sub([p.detach() for p in group["params"]], before)
         relative_update = get_total_norm(changes) / get_total_norm(before)
-        # Without any gradient the norm is a 0 on the CPU.
+        # On one device: without any gradient the norm is a 0 on the CPU.
         gradient_norm = get_total_norm(gradients).to(relative_update)
         figures[group["name"]] = torch.stack([gradient_norm, relative_update])
     return figures
@@ -636,7 +636,7 @@ class Trained:
         self.tokens = 0
         self.epoch = 1
         self.steps_s = []  # how long each took
-        self.usual_s = usual_s  # the median of the last ones; before them, a trial step's
+        self.usual_s = usual_s  # of a step: at first a trial step's, then the last ones' median
         self.ended_s = 0.0  # when the last of them ended, on the clock
         self.started_s = time.perf_counter()  # here the clock starts
 
@@ -671,12 +671,12 @@ def train(run: Run) -> Trained:
     On CUDA a step is launched while the one before it runs, so that the GPU need not wait.
     """
     trained = Trained(run.step_s)
-    most_in_flight = 1 if run.platform.is_cuda else 0  # while the host prepares the next step
+    most_in_flight = 1 if run.platform.is_cuda else 0  # while the host launches the next step
     in_flight = []  # steps that were launched and are not added to `trained`
     launched = 0
     while True:
         begins_s = time.perf_counter() - trained.started_s
-        if in_flight:  # it began just now, as `add` has seen the one before it end
+        if in_flight:  # the next step begins when this one, which began about now, has ended
             begins_s += trained.usual_s
         if begins_s >= TIME_BUDGET:
             break
