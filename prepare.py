@@ -6,7 +6,7 @@ One way through it, downwards: text, tokens, rows, batches, number.
 
 B batch (rows) · T time (positions of a row) · V vocabulary · N scored rows · P probes. A row
 holds T + 1 tokens: inputs are its first T, targets its last T. BOS is in no text; it begins every
-document, and in a row every piece of one.
+document, and every piece of a document in a row.
 """
 
 import argparse
@@ -74,7 +74,7 @@ progress_bar = partial(tqdm, disable=None, unit_scale=True, leave=False)
 
 def cache_directory() -> Path:
     folder = os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch"
-    return Path(folder).expanduser().absolute()
+    return Path(folder).expanduser().resolve()
 
 
 def __getattr__(name: str) -> str:
@@ -209,9 +209,9 @@ def listing(dataset: str) -> list[tuple[str, int, float]]:
 
 
 def text_pieces(file: TextIO) -> Iterator[str]:
-    """Cut text into documents. From `least` characters on they end before an unindented line that
-    follows a blank one, else where a line, or a part of one, would make more than `most`.
+    """Cut text into documents of at most `most` characters.
 
+    One of at least `least` ends early, before an unindented line that follows a blank one.
     So a document of pysource is about a definition; one of other text is about as long as a row.
     """
     if DATASET == "pysource":
@@ -296,7 +296,7 @@ def gather_local_text(directory: Path) -> None:
                 held_out.append((text_hash, line))
             else:  # so that each shard has some of every topic
                 shards[text_hash % len(shards)].write(line)
-    with written_whole(directory / "val.jsonl") as file:  # when it is there, so are the shards
+    with written_whole(directory / "val.jsonl") as file:  # last: find_text looks for it alone
         file.writelines(line for _, line in sorted(held_out))
 
 
@@ -361,7 +361,7 @@ def download_file(url: str, path: Path) -> None:
     """Fetch into `path`.part, with which a next call goes on, and rename it once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    longest = size_of(part)  # to fetch again what a damaged file had is no progress
+    longest = size_of(part)  # ever: after a damaged part is deleted, only more is progress
     waits_left_s = list(RETRY_WAITS_S)
     while True:
         try:
@@ -522,10 +522,10 @@ BUFFER_SIZE = 1000  # pieces among which the packing chooses
 
 
 class Piece(NamedTuple):
-    """tokens[start : start + length] of a file, whose first token becomes BOS in a row.
+    """tokens[start : start + length] of a file. In a row BOS overwrites the first of them.
 
-    The first piece of a document begins with BOS anyway. A later one begins with the last token of
-    the piece before it, so that none is lost.
+    A document begins with BOS anyway. A later piece of it begins with the last token of the piece
+    before, which was a target there, so that none is lost.
     """
 
     start: int
@@ -566,7 +566,7 @@ def pack_rows(
     buffer: list[tuple[int, int, int]] = []  # (length, number of arrival, start), sorted
 
     def num_shorter(length: int) -> int:
-        return bisect_left(buffer, (length, 0, 0))
+        return bisect_left(buffer, (length, 0, 0))  # before all of that length
 
     while True:
         row = []
@@ -876,9 +876,9 @@ def make_dataloader(
 #   give losses of its own      it is asked for logits, and not given the targets
 #   score other rows or tokens  their SHA-256 is not the manifest's
 #
-# A model that looks ahead at a share s of positions gains about s of the bits. By the losses before
-# a cut half of such models are refused at s = 1.5 % (GPU scale: 0.15 %); by the predictions behind
-# it nine of ten at s = 0.25 %, all at 0.5 % (small scale).
+# A model that looks ahead at a share s of positions gains about s of the bits. Losses before a cut
+# give half of such models away at s = 1.5 % at the small scale, at 0.15 % at the GPU scale;
+# predictions behind it, at the small scale, nine of ten at 0.25 %, all at 0.5 %.
 #
 # No check in one process can see training on validation rows, another harness in this one's place,
 # a model that remembers rows and looks ahead only where text goes on as expected, work outside the
@@ -1005,11 +1005,12 @@ def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarr
     noise = secret.integers(V, size=copied.shape)
     cuts_P1 = secret.integers(1, T, size=(P, 1))
     unaltered = secret.choice(P, math.ceil(P / 8), replace=False)
-    cuts_P1[unaltered] = T  # so that the last positions are compared, too
+    cuts_P1[unaltered] = T  # all inputs as in the row, so that the last position is compared, too
     probes = np.where(np.arange(T + 1) < cuts_P1, copied, noise)
-    # Position t reads token t and predicts token t + 1. All before the cut read and predict the
-    # row's own tokens. The last of them predicts token `cut`, which is noise as the next input: a
-    # model that looks one token ahead gets another loss there.
+    # Position t reads token t and predicts token t + 1. With ~ for noise and a cut of 3:
+    #     inputs 0 1 2 ~ ~ · targets 1 2 3 ~ ~
+    # Position 2 predicts the row's own token, though noise is what comes next: a model that looks
+    # one token ahead gets another loss there.
     is_before_cut_PT = np.arange(T) < cuts_P1
     targets_PT = np.where(is_before_cut_PT, copied[:, 1:], noise[:, 1:])
 
