@@ -987,25 +987,23 @@ def refuse_foresight(losses: np.ndarray, V: int) -> None:
         raise Refused("the model foresaw tokens drawn at random: it looks at later tokens")
 
 
-def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarray:
+def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
     """Losses (N, T) in nats of rows (N, T + 1), if no check refuses the model."""
     secret = np.random.default_rng()  # seeded by the system: no model can foresee it
     N = len(rows)
     T = rows.shape[1] - 1
-    B = batch_size
     num_batches = math.ceil(N / B)
     numbers = np.arange(num_batches * B) % N  # the last batch is filled up with the first rows
     scored = rows[numbers]
     # Probe p has place p % B in its batch. It is a copy of a row with the same place in some batch,
     # as losses repeat to the last bit only there.
     P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
-    places_P = np.arange(P) % B
-    originals_P = secret.integers(num_batches, size=P) * B + places_P  # indices of `scored`
+    originals_P = B * secret.integers(num_batches, size=P) + np.arange(P) % B  # indices of `scored`
     copied = scored[originals_P]  # (P, T + 1)
     noise = secret.integers(V, size=copied.shape)
     cuts_P1 = secret.integers(1, T, size=(P, 1))
-    unaltered = secret.choice(P, math.ceil(P / 8), replace=False)
-    cuts_P1[unaltered] = T  # all inputs as in the row, so that the last position is compared, too
+    # An eighth keeps all its inputs, so that the last position is compared, too.
+    cuts_P1[secret.choice(P, math.ceil(P / 8), replace=False)] = T
     probes = np.where(np.arange(T + 1) < cuts_P1, copied, noise)
     # Position t reads token t and predicts token t + 1. With ~ for noise and a cut of 3:
     #     inputs 0 1 2 ~ ~ · targets 1 2 3 ~ ~
@@ -1017,8 +1015,7 @@ def checked_losses(model, rows: np.ndarray, batch_size: int, V: int) -> np.ndarr
     inputs = np.concatenate([scored, probes])[:, :-1]
     targets = np.concatenate([scored[:, 1:], targets_PT])
     # A secret order: each column, of one place in all batches, is shuffled by itself.
-    by_batch_and_place = np.arange(len(inputs)).reshape(-1, B)
-    order = secret.permuted(by_batch_and_place, axis=0).ravel()
+    order = secret.permuted(np.arange(len(inputs)).reshape(-1, B), axis=0).ravel()
     losses = np.empty(targets.shape, np.float32)
     losses[order] = score(model, V, inputs[order], targets[order], B)
 
