@@ -138,8 +138,13 @@ class Text(NamedTuple):
     directory: Path = Path()  # on this machine
 
     def documents(self, shard: Shard) -> Iterator[str]:
-        texts = file_texts(self.directory / shard.file)
-        return filter(str.strip, islice(texts, shard.first, shard.last))
+        path = self.directory / shard.file
+        skipped: set[Path] = set()
+        for text in islice(file_texts(path, skipped), shard.first, shard.last):
+            if text.strip():
+                yield text
+        if skipped:
+            raise Unreadable(path, "a line is no text")
 
 
 CLIMBMIX = [Shard(f"shard_{n:05d}.parquet") for n in range(6543)]
@@ -166,12 +171,14 @@ SHARD_BYTES = 256 << 20  # of local text, about
 GATHERED = "documents"  # the folder that local text is gathered in
 
 
-# What reading a file that is no text, is damaged, or may not be read can raise:
-UNREADABLE = (OSError, pyarrow.ArrowException, ValueError, LookupError, TypeError, AttributeError)
-
-
 class Unreadable(HarnessError):
     """A file of which the rest, or all, cannot be read."""
+
+    def __init__(self, path: Path, why: str):
+        # Remove a whole folder of gathered files: they are made again only together.
+        broken = path.parent if path.parent.name == GATHERED else path
+        why = " ".join(why.split())  # in one line
+        super().__init__(f"{path} cannot be read: {why}; remove {broken}, run: uv run prepare.py")
 
 
 def own_path() -> Path:
@@ -231,8 +238,11 @@ def text_pieces(file: TextIO) -> Iterator[str]:
     yield piece
 
 
-def file_texts(path: Path) -> Iterator[str]:
-    """The texts of a file. Raises Unreadable where it cannot go on."""
+def file_texts(path: Path, skipped: set[Path]) -> Iterator[str]:
+    """The texts of a file, noted in `skipped` if a line of JSON has none.
+
+    Raises Unreadable where it cannot go on.
+    """
     try:
         if path.suffix == ".parquet":
             table = pyarrow.parquet.ParquetFile(path)
@@ -249,36 +259,34 @@ def file_texts(path: Path) -> Iterator[str]:
                 yield from text_pieces(file)
                 return
             for line in filter(str.strip, file):
-                # JSON can hold lone surrogates, UTF-8 cannot.
-                text = json.loads(line)["text"] or ""
-                yield text.encode(errors="replace").decode()
-    except UNREADABLE as failure:
-        why = f"{path} cannot be read: {type(failure).__name__}: {' '.join(str(failure).split())}"
-        # Remove a whole folder of gathered files: they are made again only together.
-        broken = path.parent if path.parent.name == GATHERED else path
-        raise Unreadable(f"{why}; remove {broken}, run: uv run prepare.py") from failure
+                try:  # JSON can hold lone surrogates, UTF-8 cannot
+                    yield json.loads(line)["text"].encode(errors="replace").decode()
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                    skipped.add(path)
+    except (OSError, pyarrow.ArrowException, ValueError, KeyError) as failure:
+        raise Unreadable(path, f"{type(failure).__name__}: {failure}") from failure
 
 
 def gather_local_text(directory: Path) -> None:
     """Write documents into val.jsonl and into shards each of which holds some of every topic."""
     hashes = array("Q")  # of 64 bits
     num_bytes = array("q")  # of each document
-    left_out = []
+    left_out: set[Path] = set()
     with ExitStack() as opened:
         # All documents, a line each, in a file that goes away by itself.
         lines = opened.enter_context(tempfile.TemporaryFile(dir=cache_directory()))
         for path in progress_bar(local_files(), desc="reading", unit=" files"):
             try:
-                for text in filter(str.strip, file_texts(path)):
+                for text in filter(str.strip, file_texts(path, left_out)):
                     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
                     hashes.append(int.from_bytes(digest, "big"))
                     num_bytes.append(len(text.encode()))
                     lines.write(json.dumps({"text": text}).encode() + b"\n")
             except Unreadable:
-                left_out.append(str(path))
+                left_out.add(path)
         if left_out:
-            names = ", ".join(left_out[:5])
-            say(f"note: {len(left_out):,} files, or the rest of them, are no text: {names}")
+            names = ", ".join(sorted(map(str, left_out))[:5])
+            say(f"note: {len(left_out):,} files, or parts of them, are no text: {names}")
         if not hashes:
             raise too_little_text(0, 1, "documents")
         most_bytes = min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * sum(num_bytes))
@@ -920,7 +928,6 @@ def halve_until_it_fits(attempt: Callable, rows: int, name: str):
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()  # what did not fit is not the run's peak
 
 
 def token_losses(model, V: int, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -1000,7 +1007,7 @@ def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
     P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
     originals_P = B * secret.integers(num_batches, size=P) + np.arange(P) % B  # indices of `scored`
     copied = scored[originals_P]  # (P, T + 1)
-    noise = secret.integers(V, size=copied.shape)
+    noise = secret.integers(V, size=copied.shape, dtype=np.uint16)
     cuts_P1 = secret.integers(1, T, size=(P, 1))
     # An eighth keeps all its inputs, so that the last position is compared, too.
     cuts_P1[secret.choice(P, math.ceil(P / 8), replace=False)] = T
@@ -1049,11 +1056,10 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 
 def say_bits(what: str, kinds_NT: np.ndarray, nats_NT: np.ndarray, lengths_NT: np.ndarray) -> None:
     """Say the bits a byte of each kind of targets; `kinds_NT` has a label for each target."""
-    shown = []
-    for kind in np.unique(kinds_NT[lengths_NT > 0]):
-        is_kind_NT = kinds_NT == kind
-        bits = bits_per_byte(nats_NT[is_kind_NT].sum(), lengths_NT[is_kind_NT].sum())
-        shown.append(f"{kind} {bits:.3f}")
+    nats = np.bincount(kinds_NT.ravel(), nats_NT.ravel())
+    num_bytes = np.bincount(kinds_NT.ravel(), lengths_NT.ravel())
+    kinds = np.flatnonzero(num_bytes)
+    shown = [f"{kind} {bits_per_byte(nats[kind], num_bytes[kind]):.3f}" for kind in kinds]
     say(f"bits a byte by {what}: {' · '.join(shown)}")
 
 

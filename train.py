@@ -21,13 +21,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
+from platform import release
 from typing import NamedTuple
 
 # Above the import of torch, so that total_seconds counts it; importing this file reads no clock.
 STARTED_S = time.perf_counter() if __name__ == "__main__" else None
+IS_WSL = "microsoft" in release().lower()
 # Lets torch's cache hold graphs with Flash Attention 3, for a warm-up that is 5 s shorter. torch
 # reads it when it is imported.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
+if not IS_WSL:  # where drivers before R615 fail with expandable segments
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 import torch.nn.functional as F
@@ -623,6 +627,8 @@ def warm_up(run: Run) -> None:
     prepare.halve_until_it_fits(run.try_training, run.rows, "DEVICE_BATCH_SIZE")
     prepare.halve_until_it_fits(run.try_evaluation, run.eval_rows, "EVAL_BATCH_SIZE")
     run.start_afresh()
+    if run.platform.is_cuda:
+        torch.cuda.reset_peak_memory_stats()  # what did not fit is not the run's peak
 
 
 class Trained:
@@ -946,9 +952,9 @@ def find_platform() -> Platform:
         is_rocm = torch.version.hip is not None  # all its chips have bf16
         has_fast_bf16 = is_rocm or torch.cuda.get_device_capability() >= (8, 0)
         torch.set_float32_matmul_precision("high")  # TF32
-        # Under WSL, more than the GPU's free memory would silently come from the host.
-        free_bytes, total_bytes = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction(free_bytes / total_bytes)
+        if IS_WSL:  # there, more than the GPU's free memory would silently come from the host
+            free_bytes, total_bytes = torch.cuda.mem_get_info()
+            torch.cuda.set_per_process_memory_fraction(free_bytes / total_bytes)
     elif torch.backends.mps.is_available():
         device = torch.device("mps")
         name = "Apple GPU"

@@ -331,7 +331,6 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: capability)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (6 << 30, 8 << 30))
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *a: newer)
@@ -341,7 +340,6 @@ def machine(monkeypatch):
 
     monkeypatch.setattr(train, "can_compile", lambda device, dtype: True)
     monkeypatch.setattr(train, "load_flash_attn_3", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: None)
     monkeypatch.setattr(train.ctypes, "CDLL", no_glibc)
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     yield make
@@ -413,10 +411,13 @@ def test_threads_are_no_more_than_the_cores_that_are_ours(cores, wanted, machine
     assert torch.get_num_threads() == wanted
 
 
-def test_memory_ends_where_the_gpus_does_also_under_wsl(machine, monkeypatch):
+def test_under_wsl_memory_ends_where_the_gpus_does(machine, monkeypatch):
     shares = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (6 << 30, 8 << 30))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
-    machine((8, 9))
+    for is_wsl in (False, True):
+        monkeypatch.setattr(train, "IS_WSL", is_wsl)
+        machine((8, 9))
     assert shares == [0.75]
 
 
@@ -509,6 +510,7 @@ def test_a_dead_device_is_not_taken_for_a_missing_compiler(monkeypatch):
 
 def test_what_torch_reads_once_is_set_before_it_is_loaded_and_a_persons_setting_holds():
     head = inspect.getsource(train).partition("\nimport torch\n")[0]
+    assert "if not IS_WSL" in head and 'os.environ.setdefault("PYTORCH_ALLOC_CONF"' in head
     assert 'os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD"' in head
     assert "import prepare" not in head and "from prepare" not in head  # which loads it too
     assert os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD"] == "1"

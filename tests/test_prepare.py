@@ -332,7 +332,7 @@ def test_what_cannot_be_read_is_named_and_no_space_is_asked_for(own_text, monkey
     assert run_command(monkeypatch) is None
     (note,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("note: "))
     names = f"{own_text}/7.txt, {own_text}/table.parquet"
-    assert note == f"note: 2 files, or the rest of them, are no text: {names}"
+    assert note == f"note: 2 files, or parts of them, are no text: {names}"
     for name in ("7.txt", "table.parquet"):
         monkeypatch.setattr(prepare, "DATASET", str(own_text / name))
         message = run_command(monkeypatch)
@@ -351,6 +351,14 @@ def test_a_file_of_the_hub_with_damaged_data_is_named(climbmix, monkeypatch, nam
     message = run_command(monkeypatch)
     assert f"{file} cannot be read: " in message and "space" not in message
     assert "; remove /" in message and message.endswith(", run: uv run prepare.py")
+
+
+def test_a_gathered_file_with_a_damaged_line_is_an_error_that_names_its_folder(tmp_path):
+    write_jsonl(tmp_path / "documents/0000.jsonl", ["one", "two"])
+    os.truncate(tmp_path / "documents/0000.jsonl", 20)
+    text = prepare.Text([], prepare.Shard("0000.jsonl"), directory=tmp_path / "documents")
+    with pytest.raises(prepare.Unreadable, match="a line is no text; remove .*/documents, run: uv"):
+        list(text.documents(text.validation))
 
 
 def test_a_tokenizer_that_is_not_prepared_is_an_error_and_none_is_made(own_text):
@@ -434,8 +442,11 @@ def test_documents_come_from_every_kind_of_file_and_what_is_odd_is_named(own_tex
     (own_text / "deep" / "er").mkdir(parents=True)
     lines = [json.dumps({"text": f"{n} {some_text(n, 9)}"}) for n in range(200)]
     odd = pyarrow.array([b"caf\xe9 in parquet"], pyarrow.binary()).view(pyarrow.string())
-    for n, line in enumerate(('{"n": 2}', '["text"]', "7")):  # ends what is read of its file
-        more_json = f'{{"text": "of more JSON"}}\n{{"text": ""}}\n{line}\n{{"text": "lost"}}\n'
+    nested = 100_000 * "["  # too deep for Python's stack
+    for n, line in enumerate(('{"n": 2}', '["text"]', "7", '{"text": null}', nested)):
+        more_json = (
+            f'{{"text": "of more JSON"}}\n{{"text": ""}}\n{line}\n{{"text": "behind {n}"}}\n'
+        )
         (own_text / f"e{n}.jsonl").write_text(more_json)
     for name, content in {
         "a.txt": b"of a text file\r\n",
@@ -467,11 +478,18 @@ def test_documents_come_from_every_kind_of_file_and_what_is_odd_is_named(own_tex
     assert before_cut == {f"{n} {some_text(n, 9)}" for n in range(199)}
     assert documents - before_cut == (
         {"of a text file\n", "# of Markdown: 狐狸 😀", "code = 1\n", "of JSON, 1", "? of JSON, 2"}
-        | {"of more JSON", "plain", "K\ufffdse f\ufffdr alle", 4 * "\ufffd"}
+        | {
+            "of more JSON",
+            *(f"behind {n}" for n in range(5)),
+            "plain",
+            "K\ufffdse f\ufffdr alle",
+            4 * "\ufffd",
+        }
         | {"of parquet", "caf\ufffd in parquet", "twice", "large"}
     )
-    odd_ones = ["e0.jsonl", "e1.jsonl", "e2.jsonl", "image.png", "pack.gz"]
-    assert note.startswith("note: 8 files, ")  # torn ones and weights.bin, too: five are named
+    odd_ones = [f"e{n}.jsonl" for n in range(5)]
+    # An image, an archive, two torn ones and weights.bin, too: five are named.
+    assert note.startswith("note: 10 files, or parts of them, ")
     assert note.endswith(": " + ", ".join(f"{own_text}/{name}" for name in odd_ones))
 
 
@@ -490,7 +508,7 @@ def test_a_book_is_cut_into_pieces_of_about_a_row_of_tokens(
 ):
     book = tmp_path / "My Book.txt"
     book.write_text(text, encoding="utf-8")
-    pieces = list(prepare.file_texts(book))
+    pieces = list(prepare.file_texts(book, set()))
     assert "".join(pieces) == text
     # A token of a small vocabulary is 2 to 4 characters, a row 32 of them.
     assert all(3 * 32 <= len(piece) <= 4 * 32 for piece in pieces[:-1]) and len(pieces) > 100
@@ -509,7 +527,7 @@ def test_a_big_file_is_never_whole_in_memory(own_text, monkeypatch):
     big = own_text / "text8"
     big.write_text("a word and another one " * 1_000_000)  # 23 MB, no line end
     tracemalloc.start()
-    num_chars = sum(map(len, prepare.file_texts(big)))
+    num_chars = sum(map(len, prepare.file_texts(big, set())))
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert num_chars == 23_000_000 and peak_bytes < 12_000_000

@@ -352,6 +352,16 @@ def test_out_of_memory_in_the_evaluation_halves_its_rows_alone(make_run, monkeyp
     assert lines == [f"out of memory: going on with EVAL_BATCH_SIZE = {n}" for n in (4, 2)]
 
 
+def test_memory_that_did_not_fit_in_warm_up_is_not_in_the_runs_peak(make_run, monkeypatch):
+    run = make_run()
+    monkeypatch.setattr(train.Run, "take_step", lambda *a: Mock(loss=torch.tensor(1.0), wait=float))
+    monkeypatch.setattr(prepare, "check_model", lambda *a: None)
+    run.platform, resets = CPU._replace(is_cuda=True), []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
+    warm_up(run)
+    assert resets == [1]
+
+
 def test_what_failed_holds_no_memory_when_fewer_rows_are_tried(monkeypatch):
     held, lines = [], []
     monkeypatch.setattr(prepare, "say", lines.append)
