@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from platform import release
+from platform import processor, release
 from typing import NamedTuple
 
 # Above the import of torch, so that total_seconds counts it; importing this file reads no clock.
@@ -920,6 +920,18 @@ def set_up_cpu() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def cpu_has_fast_bf16() -> bool:
+    """Whether it multiplies bf16 faster than float32: an AMD core by AVX-512, an Intel one by AMX.
+
+    An Intel core with AVX-512's bf16 alone is half as fast with it: 165 and 320 GFLOP/s, measured.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    on_linux = Path("/proc/cpuinfo")
+    maker = on_linux.read_text() if on_linux.exists() else processor()
+    return "AuthenticAMD" in maker and torch.cpu._is_avx512_bf16_supported()
+
+
 def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
     """Try torch.compile on a layer of torch's, which no mistake in the model can touch."""
     torch._dynamo.config.suppress_errors = False  # whatever the environment says
@@ -963,8 +975,7 @@ def find_platform() -> Platform:
         set_up_cpu()
         device = torch.device("cpu")
         name = f"CPU, {torch.get_num_threads()} threads"
-        has_amx = torch.cpu._is_amx_tile_supported()
-        has_fast_bf16 = has_amx or torch.cpu._is_avx512_bf16_supported()
+        has_fast_bf16 = cpu_has_fast_bf16()
     dtype = torch.bfloat16 if has_fast_bf16 else torch.float32
     compiles = can_compile(device, dtype)
     attention = choose_attention(device, dtype)
