@@ -27,9 +27,12 @@ from typing import NamedTuple
 # Above the import of torch, so that total_seconds counts it; importing this file reads no clock.
 STARTED_S = time.perf_counter() if __name__ == "__main__" else None
 IS_WSL = "microsoft" in release().lower()
-# Lets torch's cache hold graphs with Flash Attention 3, for a warm-up that is 5 s shorter. torch
-# reads it when it is imported.
+# What torch reads when it is imported.
+# Its cache may hold graphs with Flash Attention 3, for a warm-up that is 5 s shorter:
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
+# A CPU's threads spin less while they wait: alone a step takes 1 % more time, beside a busy program
+# a third less (tests/bench_threads.py):
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 if not IS_WSL:  # where drivers before R615 fail with expandable segments
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

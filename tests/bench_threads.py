@@ -1,8 +1,9 @@
 """How a step fares beside other work, by settings of OpenMP: uv run tests/bench_threads.py
 
-For a quiet machine without a GPU. Settings alternate, each in a process of its own, as they are
-read when torch is loaded; figures are medians of the small scale's step, alone and beside one busy
-loop. The first process compiles (a minute), the others find its code.
+For a quiet machine without a GPU. Each setting has a process of its own, as it is read when torch
+is loaded; they take turns of a few steps, so that a machine that drifts does so for all. Figures
+are medians of the small scale's step, alone and beside one busy loop, and of its ratio to the first
+setting's step of the same round.
 """
 
 import os
@@ -13,58 +14,73 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDS, STEPS = 3, 20
+ROUNDS, STEPS = 12, 4
 SETTINGS = {
-    "as it is": {},
-    "bound to cores": {"OMP_PROC_BIND": "true"},
+    "as torch has it": {"GOMP_SPINCOUNT": "300000"},
+    "as train.py sets it": {},
+    "10,000 spins": {"GOMP_SPINCOUNT": "10000"},
+    "5,000 spins": {"GOMP_SPINCOUNT": "5000"},
+    "1,000 spins": {"GOMP_SPINCOUNT": "1000"},
     "passive waiting": {"OMP_WAIT_POLICY": "passive"},
-    "short spinning": {"GOMP_SPINCOUNT": "10000"},
-    "shorter spinning": {"GOMP_SPINCOUNT": "1000"},
+    "bound to cores": {"OMP_PROC_BIND": "true"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-BUSY = "while True: pass"
+BUSY = [sys.executable, "-c", "while True: pass"]
 
 
-def median_ms(run) -> float:
-    steps_s = []
-    for step in range(STEPS):
-        started_s = time.perf_counter()
-        run.take_step(0.0, step).wait()
-        steps_s.append(time.perf_counter() - started_s)
-    return 1e3 * statistics.median(steps_s)
-
-
-def measure() -> None:
-    """One process: a warm run, a step alone, and beside a busy loop."""
+def take_turns() -> None:
+    """One setting's process: for each line that it is sent, the median of STEPS steps in ms."""
     sys.path.insert(0, str(ROOT))
     import train
 
     train.prepare.DATASET = "pysource"
-    train.prepare.open_prepared()
-    started_s = time.perf_counter()
     run = train.Run(train.find_platform())
     train.warm_up(run)
-    warm_up_s = time.perf_counter() - started_s
-    alone_ms = median_ms(run)
-    busy = subprocess.Popen([sys.executable, "-c", BUSY])
-    beside_ms = median_ms(run)
-    busy.kill()
-    print(f"RESULT {alone_ms:.0f} {beside_ms:.0f} {warm_up_s:.0f}")
+    print("READY", flush=True)
+    for _ in sys.stdin:
+        steps_s = []
+        for step in range(STEPS):
+            started_s = time.perf_counter()
+            run.take_step(0.0, step).wait()
+            steps_s.append(time.perf_counter() - started_s)
+        print(f"STEP {1e3 * statistics.median(steps_s)}", flush=True)
+
+
+def answer(process: subprocess.Popen, begins: str) -> str:
+    """What follows `begins` in the process's next line that has it."""
+    while not (line := process.stdout.readline()).startswith(begins):
+        assert line, f"{process.args} ended with {process.wait()}"
+    return line.removeprefix(begins)
 
 
 def main() -> None:
-    if sys.argv[1:] == ["--case"]:
-        return measure()
-    command = [sys.executable, __file__, "--case"]
-    for number in range(ROUNDS):
-        for name, setting in SETTINGS.items():
-            environment = {**os.environ, **setting}
-            out = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
-            figures = out.partition("RESULT ")[2].split() or ["failed"] * 3
-            alone, beside, warm_up = figures
+    if sys.argv[1:] == ["--turns"]:
+        return take_turns()
+    processes = {}
+    for name, setting in SETTINGS.items():  # the first compiles, the others find its code
+        command = [sys.executable, __file__, "--turns"]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes[name] = subprocess.Popen(command, env={**os.environ, **setting}, **pipes)
+        answer(processes[name], "READY")
+    for beside in ("alone", "beside a busy loop"):
+        busy = subprocess.Popen(BUSY) if beside != "alone" else None
+        steps_ms = {name: [] for name in SETTINGS}
+        for _ in range(ROUNDS):
+            for name, process in processes.items():
+                print(file=process.stdin, flush=True)
+                steps_ms[name].append(float(answer(process, "STEP ")))
+        for name, own in steps_ms.items():
+            firsts = steps_ms["as torch has it"]
+            ratios = [ms / first for ms, first in zip(own, firsts, strict=True)]
             print(
-                f"{number} {name:16s} alone {alone} ms · beside {beside} ms · warm-up {warm_up} s"
+                f"{beside:18s} · {name:19s} {statistics.median(own):5.0f} ms · "
+                f"x {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                flush=True,
             )
+        if busy:
+            busy.kill()
+    for process in processes.values():
+        process.kill()
 
 
 if __name__ == "__main__":

@@ -517,6 +517,9 @@ def test_what_torch_reads_once_is_set_before_it_is_loaded_and_a_persons_setting_
     head = inspect.getsource(train).partition("\nimport torch\n")[0]
     assert "if not IS_WSL" in head and 'os.environ.setdefault("PYTORCH_ALLOC_CONF"' in head
     assert 'os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD"' in head
+    assert 'os.environ.setdefault("GOMP_SPINCOUNT"' in head
     assert "import prepare" not in head and "from prepare" not in head  # which loads it too
     assert os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD"] == "1"
-    assert torch._functorch.config.autograd_cache_allow_custom_autograd_functions
+    from torch._functorch import config
+
+    assert config.autograd_cache_allow_custom_autograd_functions
