@@ -22,12 +22,12 @@ import sys
 import tempfile
 import time
 import traceback
-from array import array
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import cache, partial
+from heapq import heappop, heappush
 from importlib import metadata, util
 from itertools import count, islice
 from pathlib import Path
@@ -53,7 +53,7 @@ VOCAB_SIZE = 8192 if _CUDA else 2048  # tokens: 256 single bytes, merges, 4 spec
 MAX_SEQ_LEN = 2048 if _CUDA else 512  # T, in tokens
 EVAL_TOKENS = 40 * 524288 if _CUDA else 524288  # the most tokens that are scored
 TIME_BUDGET = 300  # seconds of training; start-up, compilation and evaluation not counted
-FORMAT = 5  # raise it when you change how text is read, cut, encoded or packed
+FORMAT = 6  # raise it when you change how text is read, cut, encoded or packed
 
 # --- Files and messages -------------------------------------------------------
 
@@ -138,13 +138,8 @@ class Text(NamedTuple):
     directory: Path = Path()  # on this machine
 
     def documents(self, shard: Shard) -> Iterator[str]:
-        path = self.directory / shard.file
-        skipped: set[Path] = set()
-        for text in islice(file_texts(path, skipped), shard.first, shard.last):
-            if text.strip():
-                yield text
-        if skipped:
-            raise Unreadable(path, "a line is no text")
+        texts = file_texts(self.directory / shard.file)
+        return filter(str.strip, islice(texts, shard.first, shard.last))
 
 
 CLIMBMIX = [Shard(f"shard_{n:05d}.parquet") for n in range(6543)]
@@ -167,18 +162,6 @@ PYSOURCE_SKIPS = ("__config__.py", "_distributor_init.py", "_distributor_init_lo
 HELD_OUT_SHARE = 0.1  # of the bytes of all text
 HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS
 LEAST_ROWS = 16  # of validation text: fewer would measure nothing
-SHARD_BYTES = 256 << 20  # of local text, about
-GATHERED = "documents"  # the folder that local text is gathered in
-
-
-class Unreadable(HarnessError):
-    """A file of which the rest, or all, cannot be read."""
-
-    def __init__(self, path: Path, why: str):
-        # Remove a whole folder of gathered files: they are made again only together.
-        broken = path.parent if path.parent.name == GATHERED else path
-        why = " ".join(why.split())  # in one line
-        super().__init__(f"{path} cannot be read: {why}; remove {broken}, run: uv run prepare.py")
 
 
 def own_path() -> Path:
@@ -238,11 +221,12 @@ def text_pieces(file: TextIO) -> Iterator[str]:
     yield piece
 
 
-def file_texts(path: Path, skipped: set[Path]) -> Iterator[str]:
-    """The texts of a file, noted in `skipped` if a line of JSON has none.
+def file_texts(path: Path) -> Iterator[str]:
+    """The texts of a file.
 
-    Raises Unreadable where it cannot go on.
+    Raises HarnessError where it cannot go on, and at the end if lines of JSON have no text.
     """
+    lines_without_text = 0
     try:
         if path.suffix == ".parquet":
             table = pyarrow.parquet.ParquetFile(path)
@@ -262,50 +246,53 @@ def file_texts(path: Path, skipped: set[Path]) -> Iterator[str]:
                 try:  # JSON can hold lone surrogates, UTF-8 cannot
                     yield json.loads(line)["text"].encode(errors="replace").decode()
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                    skipped.add(path)
+                    lines_without_text += 1
+        if lines_without_text > 0:
+            raise ValueError(f'{lines_without_text} lines have no "text"')
     except (OSError, pyarrow.ArrowException, ValueError, KeyError) as failure:
-        raise Unreadable(path, f"{type(failure).__name__}: {failure}") from failure
+        why = " ".join(f"{type(failure).__name__}: {failure}".split())  # in one line
+        remedy = f"remove {path}, run: uv run prepare.py"
+        raise HarnessError(f"{path} cannot be read: {why}; {remedy}") from failure
 
 
-def gather_local_text(directory: Path) -> None:
-    """Write documents into val.jsonl and into shards each of which holds some of every topic."""
-    hashes = array("Q")  # of 64 bits
-    num_bytes = array("q")  # of each document
-    left_out: set[Path] = set()
-    with ExitStack() as opened:
-        # All documents, a line each, in a file that goes away by itself.
-        lines = opened.enter_context(tempfile.TemporaryFile(dir=cache_directory()))
+def gather_local_text(train: Path, validation: Path) -> None:
+    """Write the documents of the lowest hashes into `validation`, all others into `train`."""
+    held_out: list[tuple[int, int, bytes]] = []  # (-hash, bytes of text, line of JSON), a heap
+    held_out_bytes = 0
+    all_bytes = 0
+    lowest_trained = math.inf  # hash
+    unread = set()
+
+    def release(most_bytes: float) -> None:
+        """Write the highest hashes to `train`, and whatever is not below one that is there."""
+        nonlocal held_out_bytes, lowest_trained
+        while held_out and (held_out_bytes > most_bytes or -held_out[0][0] >= lowest_trained):
+            minus_hash, num_bytes, line = heappop(held_out)  # the highest hash
+            held_out_bytes -= num_bytes
+            lowest_trained = min(lowest_trained, -minus_hash)
+            file.write(line)
+
+    with written_whole(train) as file:
         for path in progress_bar(local_files(), desc="reading", unit=" files"):
             try:
-                for text in filter(str.strip, file_texts(path, left_out)):
+                for text in filter(str.strip, file_texts(path)):
                     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                    hashes.append(int.from_bytes(digest, "big"))
-                    num_bytes.append(len(text.encode()))
-                    lines.write(json.dumps({"text": text}).encode() + b"\n")
-            except Unreadable:
-                left_out.add(path)
-        if left_out:
-            names = ", ".join(sorted(map(str, left_out))[:5])
-            say(f"note: {len(left_out):,} files, or parts of them, are no text: {names}")
-        if not hashes:
-            raise too_little_text(0, 1, "documents")
-        most_bytes = min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * sum(num_bytes))
-        order = np.argsort(hashes)
-        bytes_so_far = np.cumsum(np.array(num_bytes)[order])
-        num_held_out = np.searchsorted(bytes_so_far, most_bytes, side="right")
-        first_trained_hash = hashes[order[num_held_out]]  # there is one: the share is below 1
-        shards = []
-        for n in range(1 + sum(num_bytes) // SHARD_BYTES):
-            shards.append(opened.enter_context(written_whole(directory / f"{n:04d}.jsonl")))
-        held_out = []
-        lines.seek(0)
-        for text_hash, line in zip(hashes, lines, strict=True):
-            if text_hash < first_trained_hash:
-                held_out.append((text_hash, line))
-            else:  # so that each shard has some of every topic
-                shards[text_hash % len(shards)].write(line)
-    with written_whole(directory / "val.jsonl") as file:  # last: find_text looks for it alone
-        file.writelines(line for _, line in sorted(held_out))
+                    num_bytes = len(text.encode())
+                    line = json.dumps({"text": text}).encode() + b"\n"
+                    heappush(held_out, (-int.from_bytes(digest, "big"), num_bytes, line))
+                    held_out_bytes += num_bytes
+                    all_bytes += num_bytes
+                    release(HELD_OUT_BYTES * EVAL_TOKENS)
+            except HarnessError:
+                unread.add(path)
+        release(min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * all_bytes))
+    if unread:
+        names = ", ".join(sorted(map(str, unread))[:5])
+        say(f"note: {len(unread):,} files, or parts of them, are no text: {names}")
+    if all_bytes == 0:
+        raise too_little_text(0, 1, "documents")
+    with written_whole(validation) as file:
+        file.writelines(line for _, _, line in sorted(held_out, reverse=True))
 
 
 def too_little_text(found: int, needed: int, what: str) -> HarnessError:
@@ -438,7 +425,7 @@ def prepared_directory(num_shards: int | None = None) -> Path:
     else:
         sources = listing(DATASET)
     constants = [FORMAT, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, HELD_OUT_SHARE, HELD_OUT_BYTES]
-    constants += [SHARD_BYTES, SPLIT_PATTERN, SPECIAL_TOKENS, BPE_CHARS, BPE_DOCUMENT_CHARS]
+    constants += [SPLIT_PATTERN, SPECIAL_TOKENS, BPE_CHARS, BPE_DOCUMENT_CHARS]
     constants += [ENCODE_CHARS, BUFFER_SIZE]
     digest = hashlib.sha256(json.dumps([constants, sources]).encode()).hexdigest()
     return cache_directory() / f"{dataset_name()}-v{VOCAB_SIZE}-{digest[:8]}"
@@ -530,20 +517,16 @@ BUFFER_SIZE = 1000  # pieces among which the packing chooses
 
 
 class Piece(NamedTuple):
-    """tokens[start : start + length] of a file. In a row BOS overwrites the first of them.
-
-    A document begins with BOS anyway. A later piece of it begins with the last token of the piece
-    before, which was a target there, so that none is lost.
-    """
+    """Part of a document: in a row of tokens it is BOS, then tokens[start : start + length - 1]."""
 
     start: int
-    length: int
+    length: int  # with BOS
 
 
 def whole_documents(tokens: np.ndarray, bos: int) -> list[Piece]:
-    starts = np.flatnonzero(tokens == bos)
-    lengths = np.diff(starts, append=len(tokens))
-    return [Piece(*place) for place in zip(starts.tolist(), lengths.tolist(), strict=True)]
+    places = np.flatnonzero(tokens == bos)
+    lengths = np.diff(places, append=len(tokens))
+    return [Piece(*piece) for piece in zip((places + 1).tolist(), lengths.tolist(), strict=True)]
 
 
 def beginnings(documents: list[Piece], most: int) -> list[Piece]:
@@ -552,12 +535,11 @@ def beginnings(documents: list[Piece], most: int) -> list[Piece]:
 
 
 def rests(documents: list[Piece], most: int) -> list[Piece]:
-    """What follows the beginnings, in pieces of at most `most` tokens."""
-    step = most - 1  # as a piece repeats one token
+    """What follows the beginnings, in pieces of at most `most` tokens with their BOS."""
     pieces = []
     for start, length in documents:
-        for offset in range(step, length - 1, step):  # one token alone has no target
-            pieces.append(Piece(start + offset, min(length - offset, most)))
+        for taken in range(most - 1, length - 1, most - 1):
+            pieces.append(Piece(start + taken, min(length - taken, most)))
     return pieces
 
 
@@ -571,41 +553,34 @@ def pack_rows(
     training, it goes back into the buffer under the same number of arrival.
     """
     arriving = enumerate(pieces)
-    buffer: list[tuple[int, int, int]] = []  # (length, number of arrival, start), sorted
-
-    def num_shorter(length: int) -> int:
-        return bisect_left(buffer, (length, 0, 0))  # before all of that length
-
+    # (length, -number of arrival, start), sorted: of equal lengths the first arrived stands last.
+    buffer: list[tuple[int, int, int]] = []
     while True:
         row = []
         room = row_tokens
-        while room:
+        while room > 0:
             for number, (start, length) in islice(arriving, buffer_size - len(buffer)):
-                insort(buffer, (length, number, start))
+                insort(buffer, (length, -number, start))
             if not buffer:
                 return  # without the last row, which is not full
-            num_fitting = num_shorter(room + 1)
-            if num_fitting == 0:
-                place = 0  # the shortest, which is cut
-            else:
-                longest = buffer[num_fitting - 1][0]
-                place = num_shorter(longest)  # of those the first that arrived
-            length, number, start = buffer.pop(place)
+            shortest = buffer[0][0]
+            most = max(room, shortest)  # if none fits, the shortest is cut
+            place = bisect_left(buffer, (most + 1,)) - 1  # the last of at most that length
+            length, minus_number, start = buffer.pop(place)
             taken = min(length, room)
             row.append(Piece(start, taken))
             room -= taken
-            if keep_rest and taken < length:  # the rest starts at the last token taken
-                insort(buffer, (length - taken + 1, number, start + taken - 1))
+            if keep_rest and taken < length:  # with a BOS of its own
+                insort(buffer, (length - taken + 1, minus_number, start + taken - 1))
         yield row
 
 
 def fill_row(pieces: list[Piece], tokens: np.ndarray, bos: int) -> np.ndarray:
-    row = np.concatenate([tokens[start : start + length] for start, length in pieces])
-    place = 0
-    for piece in pieces:
-        row[place] = bos
-        place += piece.length
-    return row
+    parts = []
+    for start, length in pieces:
+        parts.append(np.array([bos], np.uint16))
+        parts.append(tokens[start : start + length - 1])
+    return np.concatenate(parts)
 
 
 def validation_rows(
@@ -671,13 +646,13 @@ def find_text(folder: Path, num_shards: int | None, workers: int) -> Text:
         names = [shard.file for shard in [text.validation, *text.train]]
         download(text.repository, names, text.directory, workers)
         return text
-    directory = folder / GATHERED
-    validation = directory / "val.jsonl"
-    if not validation.exists():
+    text = Text([Shard("text.jsonl")], Shard("val.jsonl"), directory=folder / "documents")
+    train = text.directory / "text.jsonl"
+    validation = text.directory / "val.jsonl"
+    if not (train.exists() and validation.exists()):
         say(f"reading the text of {DATASET}")
-        gather_local_text(directory)
-    train = [Shard(file.name) for file in sorted(directory.glob("[0-9]*.jsonl"))]
-    return Text(train, Shard(validation.name), directory=directory)
+        gather_local_text(train, validation)
+    return text
 
 
 def learn_vocabulary(text: Text) -> Tokenizer:

@@ -51,14 +51,20 @@ def test_val_serves_the_scored_rows_first_and_no_text_of_train(small):
     assert not any(tokenizer.decode(row[1:20]) in trained for row in scored)
 
 
-@pytest.mark.parametrize(("shard_bytes", "shards"), [(1 << 28, [1]), (20_000, range(3, 30))])
-def test_epoch_rises_when_all_text_was_served_once(own_text, shard_bytes, shards, monkeypatch):
-    monkeypatch.setattr(prepare, "SHARD_BYTES", shard_bytes)
-    prepared = prepare.prepare()
-    assert len(prepared.train) in shards
+@pytest.mark.parametrize("num_files", [1, 7])
+def test_epoch_rises_when_all_text_was_served_once(small, num_files, monkeypatch):
+    """Also of text that lies in several files, as that of the hub."""
+    (whole,) = small.train
+    tokens = np.fromfile(small.folder / whole, np.uint16)
+    bos = Tokenizer.from_directory().get_bos_token_id()
+    documents = np.split(tokens, np.flatnonzero(tokens == bos)[1:])
+    names = [f"train_{n}.bin" for n in range(num_files)]
+    for n, name in enumerate(names):
+        np.concatenate(documents[n::num_files]).tofile(small.folder / name)
+    prepared = small._replace(train=names)
+    monkeypatch.setattr(prepare, "open_prepared", lambda: prepared)
     tokens = [np.fromfile(prepared.folder / name, np.uint16) for name in prepared.train]
     whole = Counter(np.concatenate(tokens).tolist())
-    bos = Tokenizer.from_directory().get_bos_token_id()
     for number in (1, 2):
         served = Counter(rows_of_epoch(number).flatten().tolist())
         whole[bos] = served[bos] = 0  # a row may need more of these, or fewer

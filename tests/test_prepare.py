@@ -2,6 +2,8 @@
 
 import errno
 import gzip
+import hashlib
+import itertools
 import json
 import os
 import random
@@ -79,7 +81,6 @@ def documents_of(prepared: prepare.Prepared, *names: str) -> list[str]:
         ("VOCAB_SIZE", 450, True),
         ("MAX_SEQ_LEN", 48, True),
         ("EVAL_TOKENS", 20 * 32, True),
-        ("SHARD_BYTES", 20_000, True),  # other files to train on
         ("HELD_OUT_SHARE", 0.2, True),
         ("FORMAT", -1, False),  # makes the same files anew
     ],
@@ -353,12 +354,49 @@ def test_a_file_of_the_hub_with_damaged_data_is_named(climbmix, monkeypatch, nam
     assert "; remove /" in message and message.endswith(", run: uv run prepare.py")
 
 
-def test_a_gathered_file_with_a_damaged_line_is_an_error_that_names_its_folder(tmp_path):
-    write_jsonl(tmp_path / "documents/0000.jsonl", ["one", "two"])
-    os.truncate(tmp_path / "documents/0000.jsonl", 20)
-    text = prepare.Text([], prepare.Shard("0000.jsonl"), directory=tmp_path / "documents")
-    with pytest.raises(prepare.Unreadable, match="a line is no text; remove .*/documents, run: uv"):
-        list(text.documents(text.validation))
+@pytest.mark.parametrize("name", ["text.jsonl", "val.jsonl"])
+def test_a_gathered_file_with_a_damaged_line_is_an_error_whose_remedy_works(
+    small, monkeypatch, name
+):
+    before = contents_in(small.folder)
+    for file in small.folder.glob("*.*"):
+        file.unlink()
+    damaged = small.folder / "documents" / name
+    os.truncate(damaged, damaged.stat().st_size - 5)
+    message = run_command(monkeypatch)
+    assert f'{damaged} cannot be read: ValueError: 1 lines have no "text"; remove /' in message
+    damaged.unlink()
+    assert run_command(monkeypatch) is None and contents_in(small.folder) == before
+
+
+def test_held_out_are_the_documents_of_the_lowest_hashes_as_far_as_they_fit(
+    own_text, tmp_path, monkeypatch
+):
+    """Whatever their lengths and their order; what stands twice is on one side."""
+
+    def hash_of(text: str) -> bytes:
+        return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+    rng = random.Random(0)
+    for seed in range(20):
+        texts = [f"{rng.random()} " * rng.choice((1, 2, 90)) for _ in range(300)]
+        texts += rng.choices(texts, k=100)
+        folder = own_text.with_name(f"lines {seed}")
+        write_jsonl(folder / "all.jsonl", texts)
+        monkeypatch.setattr(prepare, "DATASET", str(folder))
+        monkeypatch.setattr(prepare, "EVAL_TOKENS", rng.choice((50, 500, 50_000)))
+        out = tmp_path / f"out {seed}"
+        prepare.gather_local_text(out / "text.jsonl", out / "val.jsonl")
+        most = min(12 * prepare.EVAL_TOKENS, sum(map(len, texts)) / 10)
+        wanted, ends = sorted(texts, key=hash_of), itertools.accumulate
+        fitting = sum(end <= most for end in ends(map(len, wanted)))
+        wanted, others = wanted[:fitting], wanted[fitting:]
+        wanted = [text for text in wanted if text != others[0]]
+        held_out, trained = (
+            [json.loads(line)["text"] for line in (out / name).open()]
+            for name in ("val.jsonl", "text.jsonl")
+        )
+        assert held_out == wanted and sorted(held_out + trained) == sorted(texts)
 
 
 def test_a_tokenizer_that_is_not_prepared_is_an_error_and_none_is_made(own_text):
@@ -397,16 +435,13 @@ def assert_in_proportion(texts: list[str]) -> None:
 
 def test_scored_rows_hold_every_package_in_proportion_wherever_documents_lie(own_text, monkeypatch):
     monkeypatch.setattr(prepare, "EVAL_TOKENS", 350 * 32)
-    monkeypatch.setattr(prepare, "SHARD_BYTES", 400_000)
     packages = package_documents(30_000)
     for package, texts in packages.items():
         for n in range(10):  # all of a package lie together
             write_jsonl(own_text.with_name("code") / package / f"{n}.jsonl", texts[n::10])
     monkeypatch.setattr(prepare, "DATASET", str(own_text.with_name("code")))
     prepared = prepare.prepare()
-    assert len(prepared.train) > 3
-    for name in prepared.train:
-        assert_in_proportion(documents_of(prepared, name))
+    assert_in_proportion(documents_of(prepared, *prepared.train))
     scored = prepare.Tokenizer.from_directory().decode(prepared.rows().flatten())
     pieces = [text for text in scored.split(prepare.BOS_TOKEN) if len(text) > len("matplotlib")]
     assert len(prepared.rows()) == 350 and len(pieces) > 350
@@ -508,7 +543,7 @@ def test_a_book_is_cut_into_pieces_of_about_a_row_of_tokens(
 ):
     book = tmp_path / "My Book.txt"
     book.write_text(text, encoding="utf-8")
-    pieces = list(prepare.file_texts(book, set()))
+    pieces = list(prepare.file_texts(book))
     assert "".join(pieces) == text
     # A token of a small vocabulary is 2 to 4 characters, a row 32 of them.
     assert all(3 * 32 <= len(piece) <= 4 * 32 for piece in pieces[:-1]) and len(pieces) > 100
@@ -527,7 +562,7 @@ def test_a_big_file_is_never_whole_in_memory(own_text, monkeypatch):
     big = own_text / "text8"
     big.write_text("a word and another one " * 1_000_000)  # 23 MB, no line end
     tracemalloc.start()
-    num_chars = sum(map(len, prepare.file_texts(big, set())))
+    num_chars = sum(map(len, prepare.file_texts(big)))
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert num_chars == 23_000_000 and peak_bytes < 12_000_000
@@ -594,7 +629,7 @@ def test_importing_opens_no_file_but_its_own_and_paths_are_computed_later(tmp_pa
 def test_command_ends_with_what_is_there_and_what_to_type_next(own_text, monkeypatch, capsys):
     run_command(monkeypatch, "--num-shards", "3")
     prepared = prepare.open_prepared()
-    tokens = len(np.fromfile(prepared.folder / "train_0000.bin", np.uint16))
+    tokens = len(np.fromfile(prepared.folder / "train_text.bin", np.uint16))
     output, errors = capsys.readouterr()
     assert output.splitlines()[-3:] == [
         f"tokens:    {tokens:,} to train on, {len(prepared.rows())} rows to validate on",
