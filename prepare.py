@@ -969,46 +969,62 @@ def refuse_foresight(losses: np.ndarray, V: int) -> None:
         raise Refused("the model foresaw tokens drawn at random: it looks at later tokens")
 
 
-def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
-    """Losses (N, T) in nats of rows (N, T + 1), if no check refuses the model."""
-    secret = np.random.default_rng()  # seeded by the system: no model can foresee it
-    N = len(rows)
+class Probes(NamedTuple):
+    """Copies of P rows, in which all tokens from a secret position on, the cut, are random."""
+
+    inputs: np.ndarray  # (P, T)
+    targets: np.ndarray  # (P, T)
+    is_before_cut: np.ndarray  # (P, T) bool: these have the inputs and the target of the row
+
+
+def make_probes(rows: np.ndarray, V: int, secret: np.random.Generator) -> Probes:
+    """Probes of `rows` (P, T + 1).
+
+    Position t reads token t and predicts token t + 1. With ~ for noise and a cut of 3:
+
+        inputs 0 1 2 ~ ~ · targets 1 2 3 ~ ~
+
+    Position 2 predicts the row's own token, though noise is what comes next: a model that looks one
+    token ahead gets another loss there.
+    """
+    P = len(rows)
     T = rows.shape[1] - 1
-    num_batches = math.ceil(N / B)
-    numbers = np.arange(num_batches * B) % N  # the last batch is filled up with the first rows
-    scored = rows[numbers]
-    # Probe p has place p % B in its batch. It is a copy of a row with the same place in some batch,
-    # as losses repeat to the last bit only there.
-    P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
-    originals_P = B * secret.integers(num_batches, size=P) + np.arange(P) % B  # indices of `scored`
-    copied = scored[originals_P]  # (P, T + 1)
-    noise = secret.integers(V, size=copied.shape, dtype=np.uint16)
+    noise = secret.integers(V, size=rows.shape, dtype=np.uint16)
     cuts_P1 = secret.integers(1, T, size=(P, 1))
     # An eighth keeps all its inputs, so that the last position is compared, too.
     cuts_P1[secret.choice(P, math.ceil(P / 8), replace=False)] = T
-    probes = np.where(np.arange(T + 1) < cuts_P1, copied, noise)
-    # Position t reads token t and predicts token t + 1. With ~ for noise and a cut of 3:
-    #     inputs 0 1 2 ~ ~ · targets 1 2 3 ~ ~
-    # Position 2 predicts the row's own token, though noise is what comes next: a model that looks
-    # one token ahead gets another loss there.
-    is_before_cut_PT = np.arange(T) < cuts_P1
-    targets_PT = np.where(is_before_cut_PT, copied[:, 1:], noise[:, 1:])
+    is_before_cut = np.arange(T) < cuts_P1
+    inputs = np.where(is_before_cut, rows[:, :-1], noise[:, :-1])
+    targets = np.where(is_before_cut, rows[:, 1:], noise[:, 1:])
+    return Probes(inputs, targets, is_before_cut)
 
-    inputs = np.concatenate([scored, probes])[:, :-1]
-    targets = np.concatenate([scored[:, 1:], targets_PT])
-    # A secret order: each column, of one place in all batches, is shuffled by itself.
+
+def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
+    """Losses (N, T) in nats of rows (N, T + 1), if no check refuses the model."""
+    secret = np.random.default_rng()  # seeded by the system: no model can foresee it
+    num_batches = math.ceil(len(rows) / B)
+    numbers = np.arange(num_batches * B) % len(rows)  # the last batch is filled with the first rows
+    scored = rows[numbers]
+    # A loss repeats to the last bit only at the same place in a batch: probe p has place p % B, as
+    # the row that it is a copy of.
+    P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
+    originals_P = B * secret.integers(num_batches, size=P) + np.arange(P) % B  # indices of `scored`
+    probes = make_probes(scored[originals_P], V, secret)
+    inputs = np.concatenate([scored[:, :-1], probes.inputs])
+    targets = np.concatenate([scored[:, 1:], probes.targets])
+    # The secret order: what has one place in all batches, a column, is shuffled by itself.
     order = secret.permuted(np.arange(len(inputs)).reshape(-1, B), axis=0).ravel()
     losses = np.empty(targets.shape, np.float32)
     losses[order] = score(model, V, inputs[order], targets[order], B)
 
-    losses_NT = losses[:N]
+    losses_NT = losses[: len(rows)]
     refuse_at(~np.isfinite(losses_NT), numbers, "a loss that is not finite")
     losses_PT = losses[len(scored) :]
     gaps_PT = np.abs(losses_PT - losses[originals_P])
-    is_other_PT = is_before_cut_PT & ~(gaps_PT <= LOSS_TOLERANCE_NATS)  # a > would let NaN pass
+    is_other_PT = probes.is_before_cut & ~(gaps_PT <= LOSS_TOLERANCE_NATS)  # a > lets NaN pass
     refuse_at(is_other_PT, numbers[originals_P], OTHER_LOSS)
     refuse_at(np.isnan(losses_PT), numbers[originals_P], "a loss that is not a number")
-    refuse_foresight(losses_PT[~is_before_cut_PT], V)
+    refuse_foresight(losses_PT[~probes.is_before_cut], V)
     return losses_NT
 
 
