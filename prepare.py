@@ -21,13 +21,12 @@ import shutil
 import sys
 import tempfile
 import time
-import traceback
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, partial
-from heapq import heappop, heappush
 from importlib import metadata, util
 from itertools import count, islice
 from pathlib import Path
@@ -53,6 +52,7 @@ VOCAB_SIZE = 8192 if _CUDA else 2048  # tokens: 256 single bytes, merges, 4 spec
 MAX_SEQ_LEN = 2048 if _CUDA else 512  # T, in tokens
 EVAL_TOKENS = 40 * 524288 if _CUDA else 524288  # the most tokens that are scored
 TIME_BUDGET = 300  # seconds of training; start-up, compilation and evaluation not counted
+BUFFER_SIZE = 1000  # pieces of text among which the packing of rows chooses
 FORMAT = 6  # raise it when you change how text is read, cut, encoded or packed
 
 # --- Files and messages -------------------------------------------------------
@@ -165,7 +165,7 @@ LEAST_ROWS = 16  # of validation text: fewer would measure nothing
 
 
 def own_path() -> Path:
-    return Path(__file__).resolve().parent / Path(DATASET).expanduser()
+    return (Path(__file__).parent / Path(DATASET).expanduser()).resolve()
 
 
 def dataset_name() -> str:
@@ -199,17 +199,12 @@ def listing(dataset: str) -> list[tuple[str, int, float]]:
 
 
 def text_pieces(file: TextIO) -> Iterator[str]:
-    """Cut text into documents of at most `most` characters.
-
-    One of at least `least` ends early, before an unindented line that follows a blank one.
-    So a document of pysource is about a definition; one of other text is about as long as a row.
-    """
+    """Cut text into documents: of pysource about a definition each, of other text about a row."""
+    # A piece ends before an unindented line behind a blank one, once it has the least characters,
+    # and anywhere before it has more than the most. A token is 3 or 4 characters.
+    least, most = 3 * MAX_SEQ_LEN, 4 * MAX_SEQ_LEN
     if DATASET == "pysource":
-        least = 200
-        most = 1 << 20
-    else:  # a token is 3 or 4 characters of English or code
-        least = 3 * MAX_SEQ_LEN
-        most = 4 * MAX_SEQ_LEN
+        least, most = 200, 1 << 20
     piece = ""
     while line := file.readline(most):
         follows_blank_line = piece.endswith("\n\n")
@@ -255,44 +250,43 @@ def file_texts(path: Path) -> Iterator[str]:
         raise HarnessError(f"{path} cannot be read: {why}; {remedy}") from failure
 
 
+def local_documents(unread: set[Path]) -> Iterator[tuple[int, str]]:
+    """Documents of local text, each behind its hash; adds to `unread` what is, in part, no text."""
+    for name, _, _ in progress_bar(listing(DATASET), desc="reading", unit=" files"):
+        try:
+            for text in filter(str.strip, file_texts(Path(name))):
+                digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+                yield int.from_bytes(digest, "big"), text
+        except HarnessError:
+            unread.add(Path(name))
+
+
 def gather_local_text(train: Path, validation: Path) -> None:
     """Write the documents of the lowest hashes into `validation`, all others into `train`."""
-    held_out: list[tuple[int, int, bytes]] = []  # (-hash, bytes of text, line of JSON), a heap
-    held_out_bytes = 0
-    all_bytes = 0
-    lowest_trained = math.inf  # hash
-    unread = set()
-
-    def release(most_bytes: float) -> None:
-        """Write the highest hashes to `train`, and whatever is not below one that is there."""
-        nonlocal held_out_bytes, lowest_trained
-        while held_out and (held_out_bytes > most_bytes or -held_out[0][0] >= lowest_trained):
-            minus_hash, num_bytes, line = heappop(held_out)  # the highest hash
-            held_out_bytes -= num_bytes
-            lowest_trained = min(lowest_trained, -minus_hash)
-            file.write(line)
-
-    with written_whole(train) as file:
-        for path in progress_bar(local_files(), desc="reading", unit=" files"):
-            try:
-                for text in filter(str.strip, file_texts(path)):
-                    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                    num_bytes = len(text.encode())
-                    line = json.dumps({"text": text}).encode() + b"\n"
-                    heappush(held_out, (-int.from_bytes(digest, "big"), num_bytes, line))
-                    held_out_bytes += num_bytes
-                    all_bytes += num_bytes
-                    release(HELD_OUT_BYTES * EVAL_TOKENS)
-            except HarnessError:
-                unread.add(path)
-        release(min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * all_bytes))
+    unread: set[Path] = set()
+    bytes_by_hash = Counter()
+    for text_hash, text in local_documents(unread):
+        bytes_by_hash[text_hash] += len(text.encode())
     if unread:
         names = ", ".join(sorted(map(str, unread))[:5])
         say(f"note: {len(unread):,} files, or parts of them, are no text: {names}")
-    if all_bytes == 0:
+    if not bytes_by_hash:
         raise too_little_text(0, 1, "documents")
+    bytes_left = min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * bytes_by_hash.total())
+    for first_trained in sorted(bytes_by_hash):
+        bytes_left -= bytes_by_hash[first_trained]
+        if bytes_left < 0:
+            break
+    held_out = []
+    with written_whole(train) as file:
+        for text_hash, text in local_documents(unread):
+            line = json.dumps({"text": text}).encode() + b"\n"
+            if text_hash < first_trained:
+                held_out.append((text_hash, line))
+            else:
+                file.write(line)
     with written_whole(validation) as file:
-        file.writelines(line for _, _, line in sorted(held_out, reverse=True))
+        file.writelines(line for _, line in sorted(held_out))
 
 
 def too_little_text(found: int, needed: int, what: str) -> HarnessError:
@@ -478,7 +472,7 @@ class Tokenizer:
         if isinstance(text, list):
             with ThreadPoolExecutor(num_threads) as pool:
                 return list(pool.map(lambda one: self.encode(one, prepend), text))
-        ids = self.encode_document(text)[1:].tolist()
+        ids = self.encode_document(text)[1:].tolist()  # without BOS
         if isinstance(prepend, str):
             prepend = self._encoding.encode_single_token(prepend)
         return ids if prepend is None else [prepend, *ids]
@@ -513,8 +507,6 @@ def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
 
 # --- Rows ---------------------------------------------------------------------
 
-BUFFER_SIZE = 1000  # pieces among which the packing chooses
-
 
 class Piece(NamedTuple):
     """Part of a document: in a row of tokens it is BOS, then tokens[start : start + length - 1]."""
@@ -537,9 +529,10 @@ def beginnings(documents: list[Piece], most: int) -> list[Piece]:
 def rests(documents: list[Piece], most: int) -> list[Piece]:
     """What follows the beginnings, in pieces of at most `most` tokens with their BOS."""
     pieces = []
+    text_tokens = most - 1  # of a full piece, besides BOS
     for start, length in documents:
-        for taken in range(most - 1, length - 1, most - 1):
-            pieces.append(Piece(start + taken, min(length - taken, most)))
+        for offset in range(text_tokens, length - 1, text_tokens):
+            pieces.append(Piece(start + offset, min(length - offset, most)))
     return pieces
 
 
@@ -563,15 +556,17 @@ def pack_rows(
                 insort(buffer, (length, -number, start))
             if not buffer:
                 return  # without the last row, which is not full
-            shortest = buffer[0][0]
-            most = max(room, shortest)  # if none fits, the shortest is cut
-            place = bisect_left(buffer, (most + 1,)) - 1  # the last of at most that length
+            place = bisect_left(buffer, (room + 1,)) - 1  # the longest that fits
+            if place < 0:  # none fits: the shortest is cut
+                shortest = buffer[0][0]
+                place = bisect_left(buffer, (shortest + 1,)) - 1
             length, minus_number, start = buffer.pop(place)
             taken = min(length, room)
             row.append(Piece(start, taken))
             room -= taken
-            if keep_rest and taken < length:  # with a BOS of its own
-                insort(buffer, (length - taken + 1, minus_number, start + taken - 1))
+            if keep_rest and taken < length:
+                served = taken - 1  # of the text, behind BOS; the rest gets a BOS of its own
+                insort(buffer, (length - served, minus_number, start + served))
         yield row
 
 
@@ -678,7 +673,10 @@ def learn_vocabulary(text: Text) -> Tokenizer:
 
 
 def encode_all(texts: Iterable[str], encoders: list[Tokenizer]) -> Iterator[np.ndarray]:
-    """Step 3: the tokens of documents, in order. Threads that share an encoder are slower."""
+    """Step 3: the tokens of documents, in order.
+
+    In each round every encoder has a thread of its own: threads that share one are slower.
+    """
 
     def encode(encoder: Tokenizer, share: list[str]) -> list[np.ndarray]:
         return [encoder.encode_document(text) for text in share]
@@ -735,7 +733,7 @@ def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
     train = [name for name, _ in shards]
     names = [vocabulary.name, *train, "val.bin", rows.name]
     content = {
-        "train": [name for name in train if size_of(folder / name) > 0],  # numpy maps no empty file
+        "train": train,
         "sizes": {name: size_of(folder / name) for name in names},
         "sha256": {file.name: sha256_of(file) for file in (vocabulary, rows)},
     }
@@ -821,27 +819,22 @@ def make_dataloader(
     device = torch.device(device or ("cuda" if _CUDA else "cpu"))
     is_cuda = device.type == "cuda"
 
-    def make_batch() -> tuple[torch.Tensor, torch.Tensor, int]:
+    def make_batch() -> tuple[torch.Tensor, int]:
         batch = list(islice(rows, B))
         tokens = torch.from_numpy(np.stack([row for row, _ in batch]).astype(np.int64))
         _, epoch = batch[-1]
-        inputs = tokens[:, :-1].clone()
-        targets = tokens[:, 1:].clone()
-        if is_cuda:
-            inputs = inputs.pin_memory()
-            targets = targets.pin_memory()
-        return inputs, targets, epoch
+        return tokens.pin_memory() if is_cuda else tokens, epoch
 
     def serve() -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
         with ThreadPoolExecutor(1) as pool:
             ahead = [pool.submit(make_batch) for _ in range(BATCHES_AHEAD)]
             while True:
-                inputs, targets, epoch = ahead.pop(0).result()
+                tokens, epoch = ahead.pop(0).result()
                 ahead.append(pool.submit(make_batch))
                 # Do not wait for a copy from pinned memory: torch keeps that memory until the copy
                 # has ended, and nothing here writes to a batch again.
-                inputs = inputs.to(device, non_blocking=is_cuda)
-                yield inputs, targets.to(device, non_blocking=is_cuda), epoch
+                tokens = tokens.to(device, non_blocking=is_cuda)
+                yield tokens[:, :-1].clone(), tokens[:, 1:].clone(), epoch
 
     return serve()
 
@@ -850,14 +843,12 @@ def make_dataloader(
 # A probe is a copy of a row, in which all tokens from a secret position on, the cut, are random.
 # Rows and probes are scored together, in a secret order. What a model may not do, and how it shows:
 #
-#   look at later tokens        its loss just before a cut is not that of the row
-#   do so, but answer for rows  it predicts the random tokens behind a cut, which nobody can know
-#   that it knows as before
-#   look at other rows, or at   its loss before a cut is not that of the row
-#   earlier batches
-#   learn from scored rows      its weights or buffers change, or its losses do
-#   give losses of its own      it is asked for logits, and not given the targets
-#   score other rows or tokens  their SHA-256 is not the manifest's
+#   look at later tokens           its loss just before a cut is not that of the row
+#   look, and repeat old answers   it predicts the random tokens behind a cut, which nobody can know
+#   look at other rows or batches  its loss before a cut is not that of the row
+#   learn from scored rows         its weights or buffers change, or its losses do
+#   give losses of its own         it is asked for logits, and not given the targets
+#   score other rows or tokens     the SHA-256 of these files is not that of when they were prepared
 #
 # A model that looks ahead at a share s of positions gains about s of the bits. Losses before a cut
 # give half of such models away at s = 1.5 % at the small scale, at 0.15 % at the GPU scale;
@@ -880,10 +871,6 @@ OTHER_LOSS = (
 )
 
 
-class Refused(HarnessError):
-    """A model, or a state of the files, that is given no number."""
-
-
 def halve_until_it_fits(attempt: Callable, rows: int, name: str):
     """attempt(rows), with fewer rows where memory is short; any other failure is raised."""
     # The words of CUDA, cuBLAS and a CPU, also where a compiler has wrapped them:
@@ -897,8 +884,7 @@ def halve_until_it_fits(attempt: Callable, rows: int, name: str):
             is_final = isinstance(failure, torch.AcceleratorError | HarnessError)
             if is_final or rows == 1 or not is_full:
                 raise
-            traceback.clear_frames(failure.__traceback__)  # which hold what did not fit
-        rows = rows // 2 if rows % 2 == 0 else 1  # divides the rows of a step still
+        rows = rows // 2 if rows % 2 == 0 else 1  # a divisor of the first number, for train.py
         say(f"out of memory: going on with {name} = {rows}")
         gc.collect()
         if torch.cuda.is_initialized():
@@ -911,7 +897,7 @@ def token_losses(model, V: int, inputs: torch.Tensor, targets: torch.Tensor) -> 
     shape = (*inputs.shape, V)
     if type(logits) is not torch.Tensor or not logits.is_floating_point() or logits.shape != shape:
         seen = f"{type(logits)}, {getattr(logits, 'dtype', '')} {getattr(logits, 'shape', '')}"
-        raise Refused(f"model(idx) gave {seen}, not floating-point logits (B, T, V) = {shape}")
+        raise HarnessError(f"model(idx) gave {seen}, not floating-point logits (B, T, V) = {shape}")
     logits = torch.Tensor.detach(logits)  # not logits.detach(), which a model can replace
     losses = []
     for x, y in zip(logits, targets, strict=True):  # a row at a time, as float32 takes memory
@@ -940,20 +926,18 @@ def score(model, V: int, inputs: np.ndarray, targets: np.ndarray, batch_size: in
         model.eval()
         losses = [token_losses(model, V, x, y) for x, y in zip(inputs, targets, strict=True)]
         return torch.cat(losses).cpu().numpy()
-    finally:  # also when memory ran out: a model that had changed before is refused
+    finally:  # also when memory ran out: the next attempt would take a change for the given state
         for module, mode in modes:
             module.training = mode
-        after = state_of(model)
-        for name in {*before, *after}:
-            if before.get(name) != after.get(name):
-                raise Refused(f"the model changed its {name} while it was evaluated")
+        if changed := sorted({name for name, _ in before.items() ^ state_of(model).items()}):
+            raise HarnessError(f"the model changed its {', '.join(changed)} while it was evaluated")
 
 
 def refuse_at(bad: np.ndarray, numbers: np.ndarray, what: str) -> None:
     """Raise for the first position of `bad`, (rows, T), with that row's number."""
     if bad.any():
         row, position = np.argwhere(bad)[0]
-        raise Refused(f"row {numbers[row]}, position {position}: the model gave {what}")
+        raise HarnessError(f"row {numbers[row]}, position {position}: the model gave {what}")
 
 
 def refuse_foresight(losses: np.ndarray, V: int) -> None:
@@ -966,7 +950,7 @@ def refuse_foresight(losses: np.ndarray, V: int) -> None:
     # By Chernoff's bound such a sum is as large with a chance of at most exp(-exponent).
     exponent = found * np.log(found / expected) - found + expected
     if exponent > FORESIGHT_EXPONENT:
-        raise Refused("the model foresaw tokens drawn at random: it looks at later tokens")
+        raise HarnessError("the model foresaw tokens drawn at random: it looks at later tokens")
 
 
 class Probes(NamedTuple):
@@ -991,7 +975,7 @@ def make_probes(rows: np.ndarray, V: int, secret: np.random.Generator) -> Probes
     T = rows.shape[1] - 1
     noise = secret.integers(V, size=rows.shape, dtype=np.uint16)
     cuts_P1 = secret.integers(1, T, size=(P, 1))
-    # An eighth keeps all its inputs, so that the last position is compared, too.
+    # These cuts leave out the last position; an eighth of the probes has its cut behind it.
     cuts_P1[secret.choice(P, math.ceil(P / 8), replace=False)] = T
     is_before_cut = np.arange(T) < cuts_P1
     inputs = np.where(is_before_cut, rows[:, :-1], noise[:, :-1])
@@ -1002,28 +986,28 @@ def make_probes(rows: np.ndarray, V: int, secret: np.random.Generator) -> Probes
 def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
     """Losses (N, T) in nats of rows (N, T + 1), if no check refuses the model."""
     secret = np.random.default_rng()  # seeded by the system: no model can foresee it
-    num_batches = math.ceil(len(rows) / B)
-    numbers = np.arange(num_batches * B) % len(rows)  # the last batch is filled with the first rows
-    scored = rows[numbers]
-    # A loss repeats to the last bit only at the same place in a batch: probe p has place p % B, as
-    # the row that it is a copy of.
+    N = len(rows)
+    num_batches = math.ceil(N / B)
+    rows = np.resize(rows, (num_batches * B, rows.shape[1]))  # fills the last batch from the start
+    # A loss repeats to the last bit only at the same place in a batch: probe p has place p % B, and
+    # is a copy of a row that has it, too.
     P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
-    originals_P = B * secret.integers(num_batches, size=P) + np.arange(P) % B  # indices of `scored`
-    probes = make_probes(scored[originals_P], V, secret)
-    inputs = np.concatenate([scored[:, :-1], probes.inputs])
-    targets = np.concatenate([scored[:, 1:], probes.targets])
+    originals_P = B * secret.integers(num_batches, size=P) + np.arange(P) % B
+    probes = make_probes(rows[originals_P], V, secret)
+    inputs = np.concatenate([rows[:, :-1], probes.inputs])
+    targets = np.concatenate([rows[:, 1:], probes.targets])
     # The secret order: what has one place in all batches, a column, is shuffled by itself.
     order = secret.permuted(np.arange(len(inputs)).reshape(-1, B), axis=0).ravel()
     losses = np.empty(targets.shape, np.float32)
     losses[order] = score(model, V, inputs[order], targets[order], B)
 
-    losses_NT = losses[: len(rows)]
-    refuse_at(~np.isfinite(losses_NT), numbers, "a loss that is not finite")
-    losses_PT = losses[len(scored) :]
+    losses_NT = losses[:N]
+    refuse_at(~np.isfinite(losses_NT), np.arange(N), "a loss that is not finite")
+    losses_PT = losses[len(rows) :]
     gaps_PT = np.abs(losses_PT - losses[originals_P])
     is_other_PT = probes.is_before_cut & ~(gaps_PT <= LOSS_TOLERANCE_NATS)  # a > lets NaN pass
-    refuse_at(is_other_PT, numbers[originals_P], OTHER_LOSS)
-    refuse_at(np.isnan(losses_PT), numbers[originals_P], "a loss that is not a number")
+    refuse_at(is_other_PT, originals_P % N, OTHER_LOSS)
+    refuse_at(np.isnan(losses_PT), originals_P % N, "a loss that is not a number")
     refuse_foresight(losses_PT[~probes.is_before_cut], V)
     return losses_NT
 
@@ -1058,16 +1042,16 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
     """Bits per byte of `model` on the validation rows, the same for every `batch_size`.
 
     `model(idx)` must give logits (B, T, V) from tokens (B, T) int64. Prints where the bits go.
-    Raises Refused for a model that fails a check (the table above), and for altered files.
+    Raises HarnessError for a model that fails a check (the table above), and for altered files.
     """
     prepared = open_prepared()
     for name, digest in prepared.sha256.items():
         if sha256_of(prepared.folder / name) != digest:
             remedy = f"remove {prepared.folder}, run: uv run prepare.py"
-            raise Refused(f"{prepared.folder / name} was altered; {remedy}")
+            raise HarnessError(f"{prepared.folder / name} was altered; {remedy}")
     fresh = Tokenizer.from_directory(prepared.folder)
     if getattr(tokenizer, "ranks", None) != fresh.ranks:
-        raise Refused("the tokenizer is not the prepared one; use Tokenizer.from_directory()")
+        raise HarnessError("the tokenizer is not the prepared one; use Tokenizer.from_directory()")
     rows = prepared.rows()
     V = fresh.get_vocab_size()
     losses_NT = halve_until_it_fits(

@@ -38,7 +38,7 @@ def score(model, batch_size: int = 8) -> float:
 
 
 def refused(match: str):
-    return pytest.raises(prepare.Refused, match=match)
+    return pytest.raises(prepare.HarnessError, match=match)
 
 
 @torch.no_grad()
@@ -233,7 +233,7 @@ def test_look_ahead_is_refused_with_one_row_at_a_time_whatever_the_secret(small,
             monkeypatch.setattr(np.random, "default_rng", lambda *_, s=secret: s)
             try:
                 score(Uniform(LOOKS[name]), 1)
-            except prepare.Refused:
+            except prepare.HarnessError:
                 refusals += 1
         assert refusals >= 10, name  # by one altered row, whose first random token may be its own
 
@@ -270,7 +270,7 @@ def test_look_at_other_rows_at_the_last_position_alone_is_refused(small, monkeyp
             monkeypatch.setattr(np.random, "default_rng", lambda s=seed: numbers(s))
             try:
                 score(Uniform(checksum_of_row_above), batch_size)
-            except prepare.Refused:
+            except prepare.HarnessError:
                 refusals += 1
         assert refusals >= 7
 

@@ -147,7 +147,7 @@ def test_evaluation_leaves_no_trace(small, monkeypatch):
     for weight, old in zip(model.parameters(), weights, strict=True):
         assert weight.grad is None and torch.equal(weight, old)
     monkeypatch.setattr(model, "forward", lambda idx: None)
-    with pytest.raises(prepare.Refused):
+    with pytest.raises(prepare.HarnessError):
         score(model)
     assert [module.training for module in model.modules()] == modes
 
@@ -203,7 +203,7 @@ def test_the_checks_before_the_clock_see_training_rows_alone(small, monkeypatch)
     loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 8, 32, "train")
     assert all(row in seen for row in next(loader)[0].tolist())
     assert len(seen) == 8 * 3 and model.training
-    with pytest.raises(prepare.Refused, match="a loss that depends on"):
+    with pytest.raises(prepare.HarnessError, match="a loss that depends on"):
         future = Uniform(LOOKS["window off by one"])
         prepare.check_model(future, prepare.Tokenizer.from_directory(), 8)
 
