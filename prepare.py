@@ -53,7 +53,7 @@ MAX_SEQ_LEN = 2048 if _CUDA else 512  # T, in tokens
 EVAL_TOKENS = 40 * 524288 if _CUDA else 524288  # the most tokens that are scored
 TIME_BUDGET = 300  # seconds of training; start-up, compilation and evaluation not counted
 BUFFER_SIZE = 1000  # pieces of text among which the packing of rows chooses
-FORMAT = 6  # raise it when you change how text is read, cut, encoded or packed
+FORMAT = 5  # raise it when you change how text is read, cut, encoded or packed
 
 # --- Files and messages -------------------------------------------------------
 
@@ -641,8 +641,8 @@ def find_text(folder: Path, num_shards: int | None, workers: int) -> Text:
         names = [shard.file for shard in [text.validation, *text.train]]
         download(text.repository, names, text.directory, workers)
         return text
-    text = Text([Shard("text.jsonl")], Shard("val.jsonl"), directory=folder / "documents")
-    train = text.directory / "text.jsonl"
+    text = Text([Shard("0000.jsonl")], Shard("val.jsonl"), directory=folder / "documents")
+    train = text.directory / "0000.jsonl"
     validation = text.directory / "val.jsonl"
     if not (train.exists() and validation.exists()):
         say(f"reading the text of {DATASET}")

@@ -354,7 +354,7 @@ def test_a_file_of_the_hub_with_damaged_data_is_named(climbmix, monkeypatch, nam
     assert "; remove /" in message and message.endswith(", run: uv run prepare.py")
 
 
-@pytest.mark.parametrize("name", ["text.jsonl", "val.jsonl"])
+@pytest.mark.parametrize("name", ["0000.jsonl", "val.jsonl"])
 def test_a_gathered_file_with_a_damaged_line_is_an_error_whose_remedy_works(
     small, monkeypatch, name
 ):
@@ -386,7 +386,7 @@ def test_held_out_are_the_documents_of_the_lowest_hashes_as_far_as_they_fit(
         monkeypatch.setattr(prepare, "DATASET", str(folder))
         monkeypatch.setattr(prepare, "EVAL_TOKENS", rng.choice((50, 500, 50_000)))
         out = tmp_path / f"out {seed}"
-        prepare.gather_local_text(out / "text.jsonl", out / "val.jsonl")
+        prepare.gather_local_text(out / "0000.jsonl", out / "val.jsonl")
         most = min(12 * prepare.EVAL_TOKENS, sum(map(len, texts)) / 10)
         wanted, ends = sorted(texts, key=hash_of), itertools.accumulate
         fitting = sum(end <= most for end in ends(map(len, wanted)))
@@ -394,7 +394,7 @@ def test_held_out_are_the_documents_of_the_lowest_hashes_as_far_as_they_fit(
         wanted = [text for text in wanted if text != others[0]]
         held_out, trained = (
             [json.loads(line)["text"] for line in (out / name).open()]
-            for name in ("val.jsonl", "text.jsonl")
+            for name in ("val.jsonl", "0000.jsonl")
         )
         assert held_out == wanted and sorted(held_out + trained) == sorted(texts)
 
@@ -629,7 +629,7 @@ def test_importing_opens_no_file_but_its_own_and_paths_are_computed_later(tmp_pa
 def test_command_ends_with_what_is_there_and_what_to_type_next(own_text, monkeypatch, capsys):
     run_command(monkeypatch, "--num-shards", "3")
     prepared = prepare.open_prepared()
-    tokens = len(np.fromfile(prepared.folder / "train_text.bin", np.uint16))
+    tokens = len(np.fromfile(prepared.folder / "train_0000.bin", np.uint16))
     output, errors = capsys.readouterr()
     assert output.splitlines()[-3:] == [
         f"tokens:    {tokens:,} to train on, {len(prepared.rows())} rows to validate on",
