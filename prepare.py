@@ -181,7 +181,7 @@ def local_files() -> list[Path]:
         return sorted((p for p in paths if p.name not in PYSOURCE_SKIPS), key=Path.as_posix)
     root = own_path()
     files = []
-    for path in sorted([root, *root.rglob("*")], key=Path.as_posix):
+    for path in sorted([root, *root.rglob("*")], key=Path.as_posix):  # root may be a file itself
         is_hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
         if path.is_file() and not is_hidden and cache_directory() not in path.parents:
             files.append(path)
@@ -224,8 +224,8 @@ def file_texts(path: Path) -> Iterator[str]:
     lines_without_text = 0
     try:
         if path.suffix == ".parquet":
-            table = pyarrow.parquet.ParquetFile(path)
-            for batch in table.iter_batches(batch_size=1024, columns=["text"]):
+            file = pyarrow.parquet.ParquetFile(path)
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
                 # As bytes: what is no UTF-8 would end to_pylist.
                 for text in batch.column("text").cast(pyarrow.binary()).to_pylist():
                     yield (text or b"").decode(errors="replace")
@@ -248,6 +248,16 @@ def file_texts(path: Path) -> Iterator[str]:
         why = " ".join(f"{type(failure).__name__}: {failure}".split())  # in one line
         remedy = f"remove {path}, run: uv run prepare.py"
         raise HarnessError(f"{path} cannot be read: {why}; {remedy}") from failure
+
+
+def too_little_text(found: int, needed: int, what: str) -> HarnessError:
+    chars_for_vocabulary = 100 * VOCAB_SIZE
+    chars_held_out = LEAST_ROWS * MAX_SEQ_LEN * HELD_OUT_BYTES
+    chars = max(chars_for_vocabulary, round(chars_held_out / HELD_OUT_SHARE))
+    return HarnessError(
+        f'DATASET = "{DATASET}" has too little text: {found} of {needed} {what}; bring '
+        f"{chars:,} varied characters, or lower VOCAB_SIZE or MAX_SEQ_LEN in prepare.py"
+    )
 
 
 def local_documents(unread: set[Path]) -> Iterator[tuple[int, str]]:
@@ -275,7 +285,7 @@ def gather_local_text(train: Path, validation: Path) -> None:
     bytes_left = min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * bytes_by_hash.total())
     for first_trained in sorted(bytes_by_hash):
         bytes_left -= bytes_by_hash[first_trained]
-        if bytes_left < 0:
+        if bytes_left < 0:  # as happens before the last one
             break
     held_out = []
     with written_whole(train) as file:
@@ -287,16 +297,6 @@ def gather_local_text(train: Path, validation: Path) -> None:
                 file.write(line)
     with written_whole(validation) as file:
         file.writelines(line for _, line in sorted(held_out))
-
-
-def too_little_text(found: int, needed: int, what: str) -> HarnessError:
-    chars_for_vocabulary = 100 * VOCAB_SIZE
-    chars_held_out = LEAST_ROWS * MAX_SEQ_LEN * HELD_OUT_BYTES
-    chars = max(chars_for_vocabulary, round(chars_held_out / HELD_OUT_SHARE))
-    return HarnessError(
-        f'DATASET = "{DATASET}" has too little text: {found} of {needed} {what}; bring '
-        f"{chars:,} varied characters, or lower VOCAB_SIZE or MAX_SEQ_LEN in prepare.py"
-    )
 
 
 # --- Download -----------------------------------------------------------------
@@ -378,8 +378,8 @@ def download(repository: str, names: list[str], directory: Path, workers: int) -
         download_file(f"{endpoint}/datasets/{repository}/resolve/main/{name}", directory / name)
         say(f"{name}: {size_of(directory / name) / 1e6:.0f} MB")
 
-    # Two splits can be of one file.
-    missing = [name for name in dict.fromkeys(names) if not is_parquet(directory / name)]
+    each_once = dict.fromkeys(names)  # two splits can be of one file
+    missing = [name for name in each_once if not is_parquet(directory / name)]
     if not missing:
         return
     say(f"downloading {len(missing)} files of {repository}")
@@ -631,13 +631,12 @@ def read_manifest(folder: Path) -> Prepared | None:
     return prepared if is_whole else None
 
 
-def find_text(folder: Path, num_shards: int | None, workers: int) -> Text:
+def find_text(folder: Path, num_shards: int, workers: int) -> Text:
     """Step 1: download files of the hub, or gather local text."""
     if DATASET in HUB:
         text = HUB[DATASET]._replace(directory=cache_directory() / "data")
-        wanted = num_shards or NUM_SHARDS
-        if wanted != -1:
-            text = text._replace(train=text.train[:wanted])
+        if num_shards != -1:
+            text = text._replace(train=text.train[:num_shards])
         names = [shard.file for shard in [text.validation, *text.train]]
         download(text.repository, names, text.directory, workers)
         return text
@@ -700,7 +699,7 @@ def pack_validation(tokens: Path, bos: int) -> np.ndarray:
     return np.stack(rows)
 
 
-def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
+def make(folder: Path, num_shards: int, workers: int) -> Prepared:
     """Go through the four steps; a next call goes on where this one was stopped."""
     prepared = read_manifest(folder)
     if prepared is not None:
@@ -744,9 +743,9 @@ def make(folder: Path, num_shards: int | None, workers: int) -> Prepared:
 
 def prepare(num_shards: int | None = None, workers: int = 8) -> Prepared:
     """Make what is missing for the present constants, of NUM_SHARDS files if no number is given."""
-    for name, number in (("--num-shards", num_shards), ("NUM_SHARDS", NUM_SHARDS)):
-        if number not in (None, -1) and number < 1:
-            raise HarnessError(f"{name} {number} must be at least 1, or -1 for all files")
+    num_shards = NUM_SHARDS if num_shards is None else num_shards
+    if num_shards != -1 and num_shards < 1:
+        raise HarnessError(f"NUM_SHARDS = {num_shards} must be at least 1, or -1 for all files")
     if not (260 <= VOCAB_SIZE <= 65536 and 2 <= MAX_SEQ_LEN <= EVAL_TOKENS // LEAST_ROWS):
         raise HarnessError(
             f"prepare.py: {VOCAB_SIZE = } must be within 260 … 65536 and "

@@ -10,16 +10,15 @@ B batch (rows) · T time · C width · H heads · D head width · V vocabulary. 
 import ctypes
 import faulthandler
 import gc
-import json
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, count, pairwise
 from pathlib import Path
 from platform import processor, release
 from typing import NamedTuple
@@ -27,11 +26,10 @@ from typing import NamedTuple
 # Above the import of torch, so that total_seconds counts it; importing this file reads no clock.
 STARTED_S = time.perf_counter() if __name__ == "__main__" else None
 IS_WSL = "microsoft" in release().lower()
-# What torch reads when it is imported.
-# Its cache may hold graphs with Flash Attention 3, for a warm-up that is 5 s shorter:
+# torch reads these when it is imported. The first lets its compiler cache graphs with Flash
+# Attention 3: a warm-up is 5 s shorter. By the second, threads of a CPU spin less while they wait:
+# a step takes a third less time beside a busy program, 1 % more without (tests/bench_threads.py).
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
-# A CPU's threads spin less while they wait: alone a step takes 1 % more time, beside a busy program
-# a third less (tests/bench_threads.py):
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 if not IS_WSL:  # where drivers before R615 fail with expandable segments
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -63,7 +61,7 @@ WINDOW_PATTERN = "SSSL"  # tiled over the layers: S short, L the whole row; the 
 SHORT_WINDOW = scale(1 / 2, 1 / 4)  # of a row
 ROTARY_BASE = 10_000
 LOGIT_SOFT_CAP = 15.0
-VALUE_EMBEDDING_EVERY = scale(2, 1)  # layers, counted back from the last one
+VALUE_EMBEDDING_EVERY = scale(2, 1)  # layers: the last has one, and every n-th below it
 GATE_CHANNELS = 32  # the first ones of a layer's input: from them its value gate is computed
 MLP_RATIO = 4  # width of an MLP's hidden layer, in widths of the model
 
@@ -279,8 +277,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, reduction="mean"):
         cos = self.cos[: idx.size(1)]
         sin = self.sin[: idx.size(1)]
-        # Layers compiled for training would be compiled again for an evaluation without gradients:
-        # it keeps them on, and uses the same code.
+        # Without gradients each layer would be compiled a second time, for the evaluation.
         with torch.set_grad_enabled(self.is_compiled_by_layer or torch.is_grad_enabled()):
             x0 = norm(self.wte(idx).to(self.dtype))
             x = x0.clone()  # if x were x0, the first layer would be compiled apart from the others
@@ -289,7 +286,7 @@ class GPT(nn.Module):
             return self.lm_head(x, targets, reduction)
 
     def tables(self) -> list[nn.Parameter]:
-        """Weights of embeddings that are only looked up: none that is the head's weight as well."""
+        """Weights of embeddings that are looked up and never multiplied, as a tied head's is."""
         multiplied = {module.weight for module in self.modules() if isinstance(module, nn.Linear)}
         tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
         return [table for table in tables if table not in multiplied]
@@ -371,21 +368,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def parameter_groups(model: GPT) -> list[dict]:
-    """The groups, with their optimizers and rates.
-
-    make_optimizers keeps a parameter in the first group that lists it, and adds scalars, gains and
-    biases that none lists, such as r, to the last one.
-    """
+    """The groups, with their optimizers and rates; of what two of them list the first has it."""
     width_scale = (model.config.n_embd / 768) ** -0.5
     heads = [module.weight for module in model.modules() if isinstance(module, Head)]
     matrices = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
     skips = [block.skip_scale for block in model.blocks]
+    scalars = [p for p in model.parameters() if p.ndim < 2]  # r, and any gain or bias
     return [
         dict(name="head", kind="adamw", params=heads, lr=UNEMBEDDING_LR * width_scale),
         dict(name="tables", kind="adamw", params=model.tables(), lr=EMBEDDING_LR * width_scale),
         dict(name="skips", kind="adamw", params=skips, lr=SCALAR_LR, betas=SKIP_BETAS),
         dict(name="matrices", kind="muon", params=matrices, lr=MATRIX_LR),
-        dict(name="scalars", kind="adamw", params=[], lr=SCALAR_LR * RESIDUAL_LR_SCALE),
+        dict(name="scalars", kind="adamw", params=scalars, lr=SCALAR_LR * RESIDUAL_LR_SCALE),
     ]
 
 
@@ -394,23 +388,15 @@ def groups_of(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
 
 
 def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
-    """One for each kind of group. Raises HarnessError for a matrix that no group names."""
+    """One for each kind of group. Raises HarnessError for a parameter that is in none."""
     groups = parameter_groups(model)
-    named = set()
-    for group in groups:  # what two of them list stays in the first
-        own = []
-        for p in group["params"]:
-            if p not in named:
-                named.add(p)
-                own.append(p)
-        group["params"] = own
-    last_group = groups[-1]
+    grouped = set()
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p not in grouped]
+        grouped.update(group["params"])
     for name, p in model.named_parameters():
-        if p in named:
-            continue
-        if p.ndim >= 2:
+        if p not in grouped:
             raise HarnessError(f"{name} {tuple(p.shape)} is in no group of parameter_groups")
-        last_group["params"].append(p)
     by_kind = {"adamw": [], "muon": []}
     for group in groups:
         if group["params"]:
@@ -470,13 +456,6 @@ class Step(NamedTuple):
         return time.perf_counter()  # an event has no time on this clock
 
 
-class Mark(NamedTuple):
-    """The end of a part of a step. The part began at the mark before."""
-
-    part: str
-    when: float | torch.cuda.Event
-
-
 def check_finite(loss: float, step: str) -> None:
     if not math.isfinite(loss) or loss > MAX_LOSS:
         raise HarnessError(f"loss {loss:.4g} at {step}")
@@ -505,20 +484,11 @@ def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch
 class Run:
     """Model, optimizers and data of one experiment: warm-up tries them, training starts afresh."""
 
-    # Made by start_afresh:
-    optimizers: list[torch.optim.Optimizer]
-    batches: Iterator  # of inputs (B, T), targets (B, T) and the epoch
-    marks: list[Mark]
-    figures: list[dict[str, torch.Tensor]]  # for each of DIAGNOSED_AT that was reached
-    # Made by try_training:
-    step_s: float  # how long the last trial step took
-
     def __init__(self, platform: "Platform"):
         if not str(SEED).isdecimal():
             raise HarnessError(f"SEED={SEED} is not a whole number; set one, or leave it out")
-        rows_of_a_step = max(1, TOTAL_BATCH_SIZE // MAX_SEQ_LEN)
-        self.rows = min(DEVICE_BATCH_SIZE, rows_of_a_step)
-        if TOTAL_BATCH_SIZE % (self.rows * MAX_SEQ_LEN) != 0:
+        self.rows = min(DEVICE_BATCH_SIZE, TOTAL_BATCH_SIZE // MAX_SEQ_LEN)
+        if self.rows == 0 or TOTAL_BATCH_SIZE % (self.rows * MAX_SEQ_LEN) != 0:
             raise HarnessError(
                 f"TOTAL_BATCH_SIZE = {TOTAL_BATCH_SIZE} is not a multiple of rows x MAX_SEQ_LEN = "
                 f"{self.rows} x {MAX_SEQ_LEN}; change it, or DEVICE_BATCH_SIZE"
@@ -561,8 +531,8 @@ class Run:
             tensor.copy_(fresh)
         self.model.zero_grad(set_to_none=True)
         self.optimizers = make_optimizers(self.model)
-        self.marks = []
-        self.figures = []
+        self.marks = []  # (part of a step that ends, when); it began at the mark before
+        self.figures = []  # of each group, for each of DIAGNOSED_AT that was reached
         batches = prepare.make_dataloader(
             self.tokenizer, self.rows, MAX_SEQ_LEN, "train", device=self.platform.device
         )
@@ -576,7 +546,7 @@ class Run:
             when.record()
         else:
             when = time.perf_counter()
-        self.marks.append(Mark(part, when))
+        self.marks.append((part, when))
         return when
 
     def take_step(self, progress: float, step: int) -> Step:
@@ -584,7 +554,7 @@ class Run:
         micro_batches = TOTAL_BATCH_SIZE // (self.rows * MAX_SEQ_LEN)
         total_loss = torch.zeros((), device=self.platform.device)
         tokens = 0
-        self.end_part("rest")  # the time between the last step and this one
+        self.end_part("rest")  # all since the last step
         for _ in range(micro_batches):
             inputs, targets, epoch = next(self.batches)
             self.end_part("data")
@@ -594,8 +564,8 @@ class Run:
             tokens += inputs.numel()
             self.end_part("forward and backward")
         apply_schedules(self.optimizers, progress, step)
-        stage = len(self.figures)  # the next to be measured
-        if stage < len(DIAGNOSED_AT) and progress >= DIAGNOSED_AT[stage]:
+        reached = [stage for stage in DIAGNOSED_AT if stage <= progress]
+        if len(self.figures) < len(reached):
             self.figures.append(step_and_measure(self.optimizers))
         else:
             for optimizer in self.optimizers:
@@ -646,7 +616,7 @@ class Trained:
         self.epoch = 1
         self.steps_s = []  # how long each took
         self.usual_s = usual_s  # of a step: at first a trial step's, then the last ones' median
-        self.ended_s = 0.0  # when the last of them ended, on the clock
+        self.ended_s = 0.0  # when the last step ended, counted from started_s
         self.started_s = time.perf_counter()  # here the clock starts
 
     def add(self, step: Step) -> None:
@@ -677,24 +647,21 @@ class Trained:
 def train(run: Run) -> Trained:
     """Take steps while the budget lasts; the last may end beyond it, by less than its own length.
 
-    On CUDA a step is launched while the one before it runs, so that the GPU need not wait.
+    A step is launched before the last one is waited for, so that a GPU always has work.
     """
     trained = Trained(run.step_s)
-    most_in_flight = 1 if run.platform.is_cuda else 0  # while the host launches the next step
-    in_flight = []  # steps that were launched and are not added to `trained`
-    launched = 0
-    while True:
+    running = None  # the last step; on a CPU it has ended already
+    for number in count():
         begins_s = time.perf_counter() - trained.started_s
-        if in_flight:  # the next step begins when this one, which began about now, has ended
+        if running is not None and run.platform.is_cuda:  # it began about now, and ends before
             begins_s += trained.usual_s
         if begins_s >= TIME_BUDGET:
             break
-        in_flight.append(run.take_step(begins_s / TIME_BUDGET, launched))
-        launched += 1
-        if len(in_flight) > most_in_flight:
-            trained.add(in_flight.pop(0))
-    for step in in_flight:
-        trained.add(step)
+        step = run.take_step(begins_s / TIME_BUDGET, number)
+        if running is not None:
+            trained.add(running)
+        running = step
+    trained.add(running)
     trained.bar.close()
     return trained
 
@@ -776,23 +743,25 @@ def load_flash_attn_3() -> bool:
     import kernels
 
     versions = f"torch-{torch.__version__}-cuda-{torch.version.cuda}"
-    note = prepare.cache_directory() / f"flash-attn-3-{versions}.json"
+    note = prepare.cache_directory() / f"flash-attn-3-{versions}.txt"
     if not note.exists():
         say("fetching Flash Attention 3, this once")
+        folder = ""
         try:
             # It gives FOLDER/build/VARIANT; get_local_kernel, below, takes FOLDER.
-            variant = kernels.install_kernel("kernels-community/flash-attn3", version=1)
-            outcome = {"folder": str(variant.parents[1])}
+            folder = str(
+                kernels.install_kernel("kernels-community/flash-attn3", version=1).parents[1]
+            )
         except Exception as failure:  # of the network, or there is no build for these versions
-            outcome = {"failure": f"{type(failure).__name__}: {failure}"[:300]}
+            say(f"{type(failure).__name__}: {failure}"[:300])
         with prepare.written_whole(note) as file:
-            file.write(json.dumps(outcome).encode())
-    outcome = json.loads(note.read_bytes())
-    if "failure" in outcome:
-        say(f"no Flash Attention 3: {outcome['failure']}; to try again, remove {note}")
+            file.write(folder.encode())
+    folder = note.read_text()
+    if folder == "":
+        say(f"no Flash Attention 3; to try again, remove {note}")
         return False
     try:
-        flash_attn_3_kernel = kernels.get_local_kernel(Path(outcome["folder"]))
+        flash_attn_3_kernel = kernels.get_local_kernel(Path(folder))
     except Exception as failure:
         why = f"Flash Attention 3 does not load: {type(failure).__name__}: {failure}"
         raise HarnessError(f"{why}; remove {note}, or set ATTENTION in train.py") from failure
@@ -814,7 +783,8 @@ def choose_attention(device: torch.device, dtype: torch.dtype) -> str:
     if is_nvidia and torch.cuda.get_device_capability() == (9, 0) and load_flash_attn_3():
         return "flash_attn_3"
     if is_nvidia and dtype == torch.bfloat16:
-        needed = (2, 12) if N_KV_HEAD > 0 else (2, 11)  # for enable_gqa; for window_size
+        # A TorchVersion compares with tuples. Grouped keys came with 2.12, windows with 2.11.
+        needed = (2, 12) if N_KV_HEAD > 0 else (2, 11)
         if torch.__version__ >= needed and torch.backends.cuda.is_flash_attention_available():
             return "torch_varlen"
         say(f"no varlen_attn, which is faster: torch is older than {needed}, or built without it")
@@ -895,16 +865,14 @@ def refuse_unusable_gpu() -> None:
     if Path("/dev/kfd").exists() and torch.version.hip is None:
         say("note: there is an AMD GPU, which is not used: this torch is not built for ROCm")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible in ("", "-1"):
-        return  # the CPU is meant
-    if torch.version.cuda is None or torch.cuda.is_available():
-        return
+    if torch.version.cuda is None or torch.cuda.is_available() or visible in ("", "-1"):
+        return  # not built for CUDA, or all is well, or the CPU is meant
     try:
         torch.cuda.init()
     except RuntimeError as failure:
         why = str(failure).strip()
         there_is_none = "Found no NVIDIA driver" in why or "No CUDA GPUs" in why
-        if there_is_none and visible is None:
+        if there_is_none and visible is None:  # nor was one asked for
             return
         raise HarnessError(
             f"torch cannot use the GPU here: {why[:120]}… If CUDA_VISIBLE_DEVICES names one that "
@@ -926,12 +894,12 @@ def set_up_cpu() -> None:
 def cpu_has_fast_bf16() -> bool:
     """Whether it multiplies bf16 faster than float32: an AMD core by AVX-512, an Intel one by AMX.
 
-    An Intel core with AVX-512's bf16 alone is half as fast with it: 165 and 320 GFLOP/s, measured.
+    By AVX-512 an Intel core is slower: 165 GFLOP/s were measured, and 320 in float32.
     """
     if torch.cpu._is_amx_tile_supported():
         return True
-    on_linux = Path("/proc/cpuinfo")
-    maker = on_linux.read_text() if on_linux.exists() else processor()
+    cpuinfo = Path("/proc/cpuinfo")  # Linux has it
+    maker = cpuinfo.read_text() if cpuinfo.exists() else processor()
     return "AuthenticAMD" in maker and torch.cpu._is_avx512_bf16_supported()
 
 
@@ -942,6 +910,7 @@ def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
     x = torch.ones(2, 16, device=device, dtype=dtype)
 
     def forward(x):
+        # False where a variable like TORCH_COMPILE_DISABLE is set.
         return layer(x).sum(), torch.compiler.is_compiling()
 
     try:
@@ -1021,11 +990,11 @@ def diagnose(run: Run) -> None:
         updates = " ".join(f"{update:.1e}" for _, update in figures)
         say(f"group {group['name']}: gradient norm {gradients} · update / weights {updates}")
     spent = {"forward and backward": 0.0, "optimizer": 0.0, "data": 0.0, "rest": 0.0}
-    for before, mark in pairwise(run.marks):
+    for (_, began), (part, ended) in pairwise(run.marks):
         if run.platform.is_cuda:
-            spent[mark.part] += before.when.elapsed_time(mark.when) / 1000
+            spent[part] += began.elapsed_time(ended) / 1000
         else:
-            spent[mark.part] += mark.when - before.when
+            spent[part] += ended - began
     whole = sum(spent.values())
     say("time: " + " · ".join(f"{part} {spent[part] / whole:.0%}" for part in spent))
 

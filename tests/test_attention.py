@@ -208,9 +208,9 @@ def test_flash_attention_3_is_fetched_once_for_each_version_of_torch_and_cuda(
         assert train.choose_attention(h100, B16) == "flash_attn_3"
     assert hub.asked == 1
     agree_with_loop(flash_attn_3, 5)
-    (note,) = prepare.cache_directory().glob("flash-attn-3-*.json")
+    (note,) = prepare.cache_directory().glob("flash-attn-3-*.txt")
     assert torch.__version__ in note.name and f"cuda-{torch.version.cuda}" in note.name
-    assert json.loads(note.read_text()) == {"folder": str(hub.folder)}
+    assert note.read_text() == str(hub.folder)
     monkeypatch.setattr(torch.version, "cuda", "99.0")  # before: another version's build was loaded
     hub.folder = tmp_path / "other"
     assert train.choose_attention(h100, B16) == "flash_attn_3" and hub.asked == 2
@@ -220,10 +220,11 @@ def test_a_failure_to_fetch_is_noted_and_says_how_to_try_again(h100, tmp_path, m
     hub = FakeKernels(monkeypatch, tmp_path, OSError("no network"))
     for _ in range(3):
         assert train.choose_attention(h100, B16) == "torch_varlen"
-    (note,) = prepare.cache_directory().glob("flash-attn-3-*.json")
-    lines = [line for line in capsys.readouterr().out.splitlines() if "no Flash" in line]
-    assert hub.asked == 1 and len(lines) == 3
-    assert all("OSError: no network" in line and line.endswith(f"remove {note}") for line in lines)
+    (note,) = prepare.cache_directory().glob("flash-attn-3-*.txt")
+    output = capsys.readouterr().out
+    lines = [line for line in output.splitlines() if "no Flash" in line]
+    assert hub.asked == 1 and len(lines) == 3 and output.count("OSError: no network\n") == 1
+    assert all(line.endswith(f"; to try again, remove {note}") for line in lines)
     note.unlink()
     hub.failure = None
     assert train.choose_attention(h100, B16) == "flash_attn_3"
@@ -252,7 +253,7 @@ def test_the_real_library_loads_a_folder_laid_out_as_the_hubs_without_a_network(
     folder = prepare.cache_directory()
     versions = f"torch-{torch.__version__}-cuda-{torch.version.cuda}"
     folder.mkdir(parents=True)
-    (folder / f"flash-attn-3-{versions}.json").write_text(json.dumps({"folder": str(tmp_path)}))
+    (folder / f"flash-attn-3-{versions}.txt").write_text(str(tmp_path))
     monkeypatch.setattr(kernels, "get_local_kernel", cpu_kernel(kernels.get_local_kernel))
     assert train.load_flash_attn_3()
     q = torch.ones(1, 2, 1, 8)

@@ -91,11 +91,13 @@ F.silu(self.c_gate(x)) * self.c_fc(x)
         self.model.zero_grad(set_to_none=True)
         # torch pins
 ===
-    for step in in_flight:
+    trained.add(running)
+    trained.bar.close()
 -->
     for p, average in zip(run.model.parameters(), run.average, strict=True):
         p.data.copy_(average)
-    for step in in_flight:
+    trained.add(running)
+    trained.bar.close()
 """,
     "grouped queries": """
 N_KV_HEAD = 0

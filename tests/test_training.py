@@ -159,7 +159,7 @@ def test_on_cuda_a_step_is_waited_for_by_an_event(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", every.Event)
     run = SimpleNamespace(platform=SimpleNamespace(is_cuda=True), marks=[])
     end = train.Run.end_part(run, "optimizer")
-    assert run.marks == [train.Mark("optimizer", end)]
+    assert run.marks == [("optimizer", end)]
     assert every.mock_calls == [call.Event(enable_timing=True), call.Event().record()]
     train.Step(0.0, torch.tensor(1.0), 256, 1, end).wait()
     assert every.mock_calls[2:] == [call.Event().synchronize()]
@@ -247,7 +247,7 @@ def test_what_an_update_did_is_measured_at_a_few_stages(make_run, capsys):
     run.take_step(1.0, 3)
     ends = (9.0, 10.0, 14.0, 15.0, 15.5, 15.5, 18.0, 19.0)
     parts = 2 * ("rest", "data", "forward and backward", "optimizer")
-    run.marks = [train.Mark(*mark) for mark in zip(parts, ends, strict=True)]
+    run.marks = [*zip(parts, ends, strict=True)]
     train.diagnose(run)
     *groups, times = capsys.readouterr().out.splitlines()
     assert times == "time: forward and backward 65% · optimizer 20% · data 10% · rest 5%"
@@ -372,7 +372,7 @@ def test_what_failed_holds_no_memory_when_fewer_rows_are_tried(monkeypatch):
         if len(held) > 1:
             assert not torch.UntypedStorage._new_with_weak_ptr(held[-2])
         if rows > 2:
-            raise FULL
+            raise torch.OutOfMemoryError("CUDA out of memory.")
 
     prepare.halve_until_it_fits(attempt, 8, "ROWS")
     assert [line[-8:] for line in lines] == ["ROWS = 4", "ROWS = 2"]
