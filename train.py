@@ -31,7 +31,7 @@ IS_WSL = "microsoft" in release().lower()
 # a step takes a third less time beside a busy program, 1 % more without (tests/bench_threads.py).
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-if not IS_WSL:  # where drivers before R615 fail with expandable segments
+if not IS_WSL:  # in WSL, drivers before R615 fail with expandable segments
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
@@ -78,7 +78,7 @@ EMBEDDING_LR = scale(0.6, 0.5)  # x (width / 768)^-1/2
 UNEMBEDDING_LR = scale(0.004, 0.01)  # x (width / 768)^-1/2
 MATRIX_LR = scale(0.04, 0.015)
 SCALAR_LR = 0.5
-RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR, for r and for whatever has no group of its own
+RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR, for r and for any gain or bias that is added
 ADAM_BETAS = (0.8, 0.95)
 SKIP_BETAS = (0.96, 0.95)  # for s
 ADAM_EPS = 1e-10
@@ -114,8 +114,8 @@ class GPTConfig:
     n_kv_head: int
     n_embd: int
     window_pattern: str
-    short_window: float = 1 / 2
-    value_embedding_every: int = 2
+    short_window: float
+    value_embedding_every: int
 
     def windows(self) -> list[int]:
         """For each layer, how many tokens before itself a token sees."""
@@ -277,7 +277,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, reduction="mean"):
         cos = self.cos[: idx.size(1)]
         sin = self.sin[: idx.size(1)]
-        # Without gradients each layer would be compiled a second time, for the evaluation.
+        # Gradients stay on in an evaluation: without, each layer would be compiled once more.
         with torch.set_grad_enabled(self.is_compiled_by_layer or torch.is_grad_enabled()):
             x0 = norm(self.wte(idx).to(self.dtype))
             x = x0.clone()  # if x were x0, the first layer would be compiled apart from the others
@@ -286,7 +286,7 @@ class GPT(nn.Module):
             return self.lm_head(x, targets, reduction)
 
     def tables(self) -> list[nn.Parameter]:
-        """Weights of embeddings that are looked up and never multiplied, as a tied head's is."""
+        """Weights that are only looked up: those of embeddings, but for one that a head shares."""
         multiplied = {module.weight for module in self.modules() if isinstance(module, nn.Linear)}
         tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
         return [table for table in tables if table not in multiplied]
@@ -300,7 +300,8 @@ class GPT(nn.Module):
 
 # --- Optimizer -----------------------------------------------------------------
 
-# Amsel et al., arXiv 2505.16932: a, b, c of X <- aX + (bA + cA²)X with A = XXᵀ, for 5 steps.
+# Amsel et al., arXiv 2505.16932: a, b, c of X <- aX + (bA + cA²)X with A = XXᵀ, for 5 steps, after
+# a division by 1.02 times the Frobenius norm.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -368,7 +369,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def parameter_groups(model: GPT) -> list[dict]:
-    """The groups, with their optimizers and rates; of what two of them list the first has it."""
+    """The groups, with optimizer and rate; a parameter that is listed twice is in the first."""
     width_scale = (model.config.n_embd / 768) ** -0.5
     heads = [module.weight for module in model.modules() if isinstance(module, Head)]
     matrices = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
@@ -392,7 +393,7 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
     groups = parameter_groups(model)
     grouped = set()
     for group in groups:
-        group["params"] = [p for p in group["params"] if p not in grouped]
+        group["params"] = [p for p in dict.fromkeys(group["params"]) if p not in grouped]
         grouped.update(group["params"])
     for name, p in model.named_parameters():
         if p not in grouped:
@@ -475,7 +476,7 @@ def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         changes = torch._foreach_sub([p.detach() for p in group["params"]], before)
         relative_update = get_total_norm(changes) / get_total_norm(before)
-        # On one device: without any gradient the norm is a 0 on the CPU.
+        # The norm of no gradients is a zero on the CPU, and stack wants one device.
         gradient_norm = get_total_norm(gradients).to(relative_update)
         figures[group["name"]] = torch.stack([gradient_norm, relative_update])
     return figures
@@ -531,8 +532,8 @@ class Run:
             tensor.copy_(fresh)
         self.model.zero_grad(set_to_none=True)
         self.optimizers = make_optimizers(self.model)
-        self.marks = []  # (part of a step that ends, when); it began at the mark before
-        self.figures = []  # of each group, for each of DIAGNOSED_AT that was reached
+        self.marks = []  # (part of a step, when it ended); it began when the one before it ended
+        self.figures = []  # from step_and_measure, for each of DIAGNOSED_AT that was reached
         batches = prepare.make_dataloader(
             self.tokenizer, self.rows, MAX_SEQ_LEN, "train", device=self.platform.device
         )
@@ -554,7 +555,7 @@ class Run:
         micro_batches = TOTAL_BATCH_SIZE // (self.rows * MAX_SEQ_LEN)
         total_loss = torch.zeros((), device=self.platform.device)
         tokens = 0
-        self.end_part("rest")  # all since the last step
+        self.end_part("rest")  # that is, from the last step's end until here
         for _ in range(micro_batches):
             inputs, targets, epoch = next(self.batches)
             self.end_part("data")
@@ -564,8 +565,8 @@ class Run:
             tokens += inputs.numel()
             self.end_part("forward and backward")
         apply_schedules(self.optimizers, progress, step)
-        reached = [stage for stage in DIAGNOSED_AT if stage <= progress]
-        if len(self.figures) < len(reached):
+        measured = len(self.figures)
+        if measured < len(DIAGNOSED_AT) and progress >= DIAGNOSED_AT[measured]:
             self.figures.append(step_and_measure(self.optimizers))
         else:
             for optimizer in self.optimizers:
@@ -653,8 +654,8 @@ def train(run: Run) -> Trained:
     running = None  # the last step; on a CPU it has ended already
     for number in count():
         begins_s = time.perf_counter() - trained.started_s
-        if running is not None and run.platform.is_cuda:  # it began about now, and ends before
-            begins_s += trained.usual_s
+        if running is not None and run.platform.is_cuda:
+            begins_s += trained.usual_s  # behind the running one, which has just begun
         if begins_s >= TIME_BUDGET:
             break
         step = run.take_step(begins_s / TIME_BUDGET, number)
@@ -746,14 +747,13 @@ def load_flash_attn_3() -> bool:
     note = prepare.cache_directory() / f"flash-attn-3-{versions}.txt"
     if not note.exists():
         say("fetching Flash Attention 3, this once")
-        folder = ""
+        folder = ""  # is noted if none comes, so that later runs do not ask again
         try:
-            # It gives FOLDER/build/VARIANT; get_local_kernel, below, takes FOLDER.
-            folder = str(
-                kernels.install_kernel("kernels-community/flash-attn3", version=1).parents[1]
-            )
+            variant = kernels.install_kernel("kernels-community/flash-attn3", version=1)
         except Exception as failure:  # of the network, or there is no build for these versions
             say(f"{type(failure).__name__}: {failure}"[:300])
+        else:  # `variant` is FOLDER/build/VARIANT; get_local_kernel, below, takes FOLDER
+            folder = str(variant.parents[1])
         with prepare.written_whole(note) as file:
             file.write(folder.encode())
     folder = note.read_text()
@@ -985,9 +985,9 @@ def describe(run: Run) -> None:
 def diagnose(run: Run) -> None:
     """Say how each group moved, stage by stage, and where the time went."""
     for group in groups_of(run.optimizers):
-        figures = [by_group[group["name"]].tolist() for by_group in run.figures]
-        gradients = " ".join(f"{norm:.2g}" for norm, _ in figures)
-        updates = " ".join(f"{update:.1e}" for _, update in figures)
+        pairs = [figures[group["name"]].tolist() for figures in run.figures]
+        gradients = " ".join(f"{gradient:.2g}" for gradient, _ in pairs)
+        updates = " ".join(f"{update:.1e}" for _, update in pairs)
         say(f"group {group['name']}: gradient norm {gradients} · update / weights {updates}")
     spent = {"forward and backward": 0.0, "optimizer": 0.0, "data": 0.0, "rest": 0.0}
     for (_, began), (part, ended) in pairwise(run.marks):

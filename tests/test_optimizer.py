@@ -207,6 +207,13 @@ def test_a_parameter_belongs_to_the_first_group_that_names_it(monkeypatch):
     assert groups_by_parameter(tiny())["wte.weight"][1]["name"] == "head"
 
 
+def test_layers_that_share_their_weights_are_updated_once():
+    model = tiny()
+    model.blocks = nn.ModuleList([model.blocks[1]] * 4)
+    for group in groups_of(make_optimizers(model)):
+        assert len(set(group["params"])) == len(group["params"]), group["name"]
+
+
 def test_an_edit_of_the_weights_between_steps_survives_the_next(monkeypatch):
     """Averaging, clipping, fresh starts: there is no other copy of the weights."""
     monkeypatch.setattr(train, "FINAL_LR_FRAC", 0.0)
