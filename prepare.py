@@ -52,7 +52,7 @@ VOCAB_SIZE = 8192 if _CUDA else 2048  # tokens: 256 single bytes, merges, 4 spec
 MAX_SEQ_LEN = 2048 if _CUDA else 512  # T, in tokens
 EVAL_TOKENS = 40 * 524288 if _CUDA else 524288  # the most tokens that are scored
 TIME_BUDGET = 300  # seconds of training; start-up, compilation and evaluation not counted
-BUFFER_SIZE = 1000  # pieces of text among which the packing of rows chooses
+BUFFER_SIZE = 1000  # pieces of documents among which the packing of rows chooses
 FORMAT = 5  # raise it when you change how text is read, cut, encoded or packed
 
 # --- Files and messages -------------------------------------------------------
@@ -129,8 +129,8 @@ class Shard(NamedTuple):
     last: int | None = None
 
 
-class Text(NamedTuple):
-    """What is trained on, what is scored, and where it lies."""
+class DataSet(NamedTuple):
+    """Text that is trained on, text that is scored, and where they lie."""
 
     train: list[Shard]
     validation: Shard
@@ -145,8 +145,8 @@ class Text(NamedTuple):
 CLIMBMIX = [Shard(f"shard_{n:05d}.parquet") for n in range(6543)]
 STORIES = "tinystories_gpt4_clean.parquet"  # its first 10,000 rows are a test split
 HUB = {
-    "climbmix": Text(CLIMBMIX[:-1], CLIMBMIX[-1], "karpathy/climbmix-400b-shuffle"),
-    "tinystories": Text(
+    "climbmix": DataSet(CLIMBMIX[:-1], CLIMBMIX[-1], "karpathy/climbmix-400b-shuffle"),
+    "tinystories": DataSet(
         train=[Shard(STORIES, first=20_000)],
         validation=Shard(STORIES, first=10_000, last=20_000),
         repository="karpathy/tinystories-gpt4-clean",
@@ -157,8 +157,8 @@ PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
 PYSOURCE_SKIPS = ("__config__.py", "_distributor_init.py", "_distributor_init_local.py")
 
 # Of local text, the documents with the lowest hashes are held out until either limit is reached: a
-# fair sample of every folder and topic. A token is about 4 bytes, and packing whole documents into
-# rows keeps about one token of three: 12 bytes of text for each token that is scored.
+# fair sample of every folder and topic. A token is about 4 bytes, and of three tokens packing cuts
+# off about two, as it takes documents whole: 12 bytes of text for each token that is scored.
 HELD_OUT_SHARE = 0.1  # of the bytes of all text
 HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS
 LEAST_ROWS = 16  # of validation text: fewer would measure nothing
@@ -191,29 +191,29 @@ def local_files() -> list[Path]:
     return files
 
 
-# Once a process, so that a run keeps the folder that it began with, whatever happens to the text.
+# Cached, as the name of the prepared folder depends on it, and must stay the same within a run.
 @cache
 def listing(dataset: str) -> list[tuple[str, int, float]]:
     """Names, sizes and times of the files of local text; `dataset` is only the cache's key."""
     return [(f.as_posix(), f.stat().st_size, f.stat().st_mtime) for f in local_files()]
 
 
-def text_pieces(file: TextIO) -> Iterator[str]:
-    """Cut text into documents: of pysource about a definition each, of other text about a row."""
-    # A piece ends before an unindented line behind a blank one, once it has the least characters,
-    # and anywhere before it has more than the most. A token is 3 or 4 characters.
+def cut_into_documents(file: TextIO) -> Iterator[str]:
+    """Of pysource about a definition each, of other text about a row of tokens each."""
+    # Cut before an unindented line behind a blank one, from `least` characters on, and before any
+    # line that would take the document past `most`. A token is 3 or 4 characters.
     least, most = 3 * MAX_SEQ_LEN, 4 * MAX_SEQ_LEN
     if DATASET == "pysource":
         least, most = 200, 1 << 20
-    piece = ""
+    document = ""
     while line := file.readline(most):
-        follows_blank_line = piece.endswith("\n\n")
-        can_end = len(piece) >= least and follows_blank_line and not line[0].isspace()
-        if can_end or len(piece) + len(line) > most:
-            yield piece
-            piece = ""
-        piece += line
-    yield piece
+        follows_blank_line = document.endswith("\n\n")
+        can_end = len(document) >= least and follows_blank_line and not line[0].isspace()
+        if can_end or len(document) + len(line) > most:
+            yield document
+            document = ""
+        document += line
+    yield document
 
 
 def file_texts(path: Path) -> Iterator[str]:
@@ -235,7 +235,7 @@ def file_texts(path: Path) -> Iterator[str]:
                 raise ValueError("no text")
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             if path.suffix != ".jsonl":
-                yield from text_pieces(file)
+                yield from cut_into_documents(file)
                 return
             for line in filter(str.strip, file):
                 try:  # JSON can hold lone surrogates, UTF-8 cannot
@@ -251,9 +251,8 @@ def file_texts(path: Path) -> Iterator[str]:
 
 
 def too_little_text(found: int, needed: int, what: str) -> HarnessError:
-    chars_for_vocabulary = 100 * VOCAB_SIZE
-    chars_held_out = LEAST_ROWS * MAX_SEQ_LEN * HELD_OUT_BYTES
-    chars = max(chars_for_vocabulary, round(chars_held_out / HELD_OUT_SHARE))
+    chars_to_validate = LEAST_ROWS * MAX_SEQ_LEN * HELD_OUT_BYTES / HELD_OUT_SHARE
+    chars = max(100 * VOCAB_SIZE, round(chars_to_validate))
     return HarnessError(
         f'DATASET = "{DATASET}" has too little text: {found} of {needed} {what}; bring '
         f"{chars:,} varied characters, or lower VOCAB_SIZE or MAX_SEQ_LEN in prepare.py"
@@ -261,7 +260,7 @@ def too_little_text(found: int, needed: int, what: str) -> HarnessError:
 
 
 def local_documents(unread: set[Path]) -> Iterator[tuple[int, str]]:
-    """Documents of local text, each behind its hash; adds to `unread` what is, in part, no text."""
+    """(hash, text) of each document of local text; adds files that are not all text to `unread`."""
     for name, _, _ in progress_bar(listing(DATASET), desc="reading", unit=" files"):
         try:
             for text in filter(str.strip, file_texts(Path(name))):
@@ -279,29 +278,32 @@ def gather_local_text(train: Path, validation: Path) -> None:
         bytes_by_hash[text_hash] += len(text.encode())
     if unread:
         names = ", ".join(sorted(map(str, unread))[:5])
-        say(f"note: {len(unread):,} files, or parts of them, are no text: {names}")
+        say(f"note: {len(unread):,} files, or parts of them, cannot be read as text: {names}")
     if not bytes_by_hash:
         raise too_little_text(0, 1, "documents")
     bytes_left = min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * bytes_by_hash.total())
-    for first_trained in sorted(bytes_by_hash):
-        bytes_left -= bytes_by_hash[first_trained]
-        if bytes_left < 0:  # as happens before the last one
+    for lowest_trained_hash in sorted(bytes_by_hash):
+        bytes_left -= bytes_by_hash[lowest_trained_hash]
+        if bytes_left < 0:  # at the last hash at the latest: a share is less than all
             break
     held_out = []
     with written_whole(train) as file:
         for text_hash, text in local_documents(unread):
+            bytes_by_hash[text_hash] -= len(text.encode())
             line = json.dumps({"text": text}).encode() + b"\n"
-            if text_hash < first_trained:
+            if text_hash < lowest_trained_hash:
                 held_out.append((text_hash, line))
             else:
                 file.write(line)
+        if any(bytes_by_hash.values()):
+            raise HarnessError("the text changed while it was read; run: uv run prepare.py")
     with written_whole(validation) as file:
         file.writelines(line for _, line in sorted(held_out))
 
 
 # --- Download -----------------------------------------------------------------
 
-RETRY_WAITS_S = (1, 2, 4, 8, 16)  # before further attempts; anew when there was progress
+RETRY_WAITS_S = (1, 2, 4, 8, 16)  # between attempts; progress starts the series again
 TIMEOUT_S = (10, 30)  # to connect; between two bytes
 
 
@@ -321,7 +323,7 @@ def receive(url: str, part: Path) -> str | None:
         headers["Authorization"] = f"Bearer {token}"  # dropped by requests at another host
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
         status = answer.status_code
-        if status >= 400 and status != 416:  # 416: nothing is missing
+        if status >= 400 and status != 416:  # 416: the part is complete, its digest is wanted
             message = f"{url}: {status} {answer.headers.get('X-Error-Message', answer.reason)}"
             if status in (401, 403, 404, 410):  # trying again is useless
                 raise HarnessError(f"{message} (if it has terms: accept them there, set HF_TOKEN)")
@@ -331,7 +333,7 @@ def receive(url: str, part: Path) -> str | None:
             raise requests.ConnectionError(message)
         if status == 200:  # all of it, from the start
             part.unlink(missing_ok=True)
-        if status < 400:
+        if status != 416:
             total = size_of(part) + int(answer.headers.get("Content-Length", 0))
             bar = progress_bar(desc=part.stem, unit="B", initial=size_of(part), total=total)
             with bar, open(part, "ab") as file:
@@ -350,7 +352,7 @@ def download_file(url: str, path: Path) -> None:
     """Fetch into `path`.part, with which a next call goes on, and rename it once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    longest = size_of(part)  # ever: after a damaged part is deleted, only more is progress
+    longest = size_of(part)  # ever: to fetch again what was damaged and deleted is no progress
     waits_left_s = list(RETRY_WAITS_S)
     while True:
         try:
@@ -386,7 +388,7 @@ def download(repository: str, names: list[str], directory: Path, workers: int) -
     try:
         fetch(missing[0])
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(fetch, missing[1:]))  # raises the first failure, begins no more files
+            list(pool.map(fetch, missing[1:]))  # raises a failure, and begins no more files then
     except (requests.RequestException, HarnessError) as failure:
         lost = [name for name in missing if not is_parquet(directory / name)]
         raise HarnessError(
@@ -413,7 +415,8 @@ TOKENIZER_FILE = "tokenizer.tiktoken"  # tiktoken's ranks format: text, never pi
 def prepared_directory(num_shards: int | None = None) -> Path:
     """The folder of tokenizer, tokens and rows; its name holds a hash of what they depend on."""
     if DATASET in HUB:
-        sources = [HUB[DATASET].repository, num_shards or NUM_SHARDS]
+        num_shards = NUM_SHARDS if num_shards is None else num_shards
+        sources = [HUB[DATASET].repository, num_shards]
     elif DATASET == "pysource":
         sources = [metadata.version(package) for package in PYSOURCE_PACKAGES]
     else:
@@ -509,10 +512,10 @@ def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
 
 
 class Piece(NamedTuple):
-    """Part of a document: in a row of tokens it is BOS, then tokens[start : start + length - 1]."""
+    """Part of a document: in a row BOS, then `length - 1` tokens of a file from `start` on."""
 
     start: int
-    length: int  # with BOS
+    length: int
 
 
 def whole_documents(tokens: np.ndarray, bos: int) -> list[Piece]:
@@ -529,10 +532,10 @@ def beginnings(documents: list[Piece], most: int) -> list[Piece]:
 def rests(documents: list[Piece], most: int) -> list[Piece]:
     """What follows the beginnings, in pieces of at most `most` tokens with their BOS."""
     pieces = []
-    text_tokens = most - 1  # of a full piece, besides BOS
+    step = most - 1  # tokens of text in a full piece, besides its BOS
     for start, length in documents:
-        for offset in range(text_tokens, length - 1, text_tokens):
-            pieces.append(Piece(start + offset, min(length - offset, most)))
+        for served in range(step, length - 1, step):  # tokens of text in the pieces before
+            pieces.append(Piece(start + served, min(length - served, most)))
     return pieces
 
 
@@ -556,16 +559,14 @@ def pack_rows(
                 insort(buffer, (length, -number, start))
             if not buffer:
                 return  # without the last row, which is not full
-            place = bisect_left(buffer, (room + 1,)) - 1  # the longest that fits
-            if place < 0:  # none fits: the shortest is cut
-                shortest = buffer[0][0]
-                place = bisect_left(buffer, (shortest + 1,)) - 1
+            limit = max(room, buffer[0][0])  # if none fits: the shortest, which is then cut
+            place = bisect_left(buffer, (limit + 1,)) - 1  # the last entry of at most `limit`
             length, minus_number, start = buffer.pop(place)
             taken = min(length, room)
             row.append(Piece(start, taken))
             room -= taken
             if keep_rest and taken < length:
-                served = taken - 1  # of the text, behind BOS; the rest gets a BOS of its own
+                served = taken - 1  # tokens of text, maybe none; the rest gets a BOS of its own
                 insort(buffer, (length - served, minus_number, start + served))
         yield row
 
@@ -631,32 +632,32 @@ def read_manifest(folder: Path) -> Prepared | None:
     return prepared if is_whole else None
 
 
-def find_text(folder: Path, num_shards: int, workers: int) -> Text:
+def find_documents(folder: Path, num_shards: int, workers: int) -> DataSet:
     """Step 1: download files of the hub, or gather local text."""
     if DATASET in HUB:
-        text = HUB[DATASET]._replace(directory=cache_directory() / "data")
+        data_set = HUB[DATASET]._replace(directory=cache_directory() / "data")
         if num_shards != -1:
-            text = text._replace(train=text.train[:num_shards])
-        names = [shard.file for shard in [text.validation, *text.train]]
-        download(text.repository, names, text.directory, workers)
-        return text
-    text = Text([Shard("0000.jsonl")], Shard("val.jsonl"), directory=folder / "documents")
-    train = text.directory / "0000.jsonl"
-    validation = text.directory / "val.jsonl"
+            data_set = data_set._replace(train=data_set.train[:num_shards])
+        names = [shard.file for shard in [data_set.validation, *data_set.train]]
+        download(data_set.repository, names, data_set.directory, workers)
+        return data_set
+    data_set = DataSet([Shard("0000.jsonl")], Shard("val.jsonl"), directory=folder / "documents")
+    train = data_set.directory / data_set.train[0].file
+    validation = data_set.directory / data_set.validation.file
     if not (train.exists() and validation.exists()):
         say(f"reading the text of {DATASET}")
         gather_local_text(train, validation)
-    return text
+    return data_set
 
 
-def learn_vocabulary(text: Text) -> Tokenizer:
+def learn_vocabulary(data_set: DataSet) -> Tokenizer:
     """Step 2: the merges, from the training split alone."""
     bar = progress_bar(desc="vocabulary", unit=" characters", total=BPE_CHARS)
 
     def beginnings_of_documents() -> Iterator[str]:
         num_chars = 0
-        for shard in text.train:
-            for document in text.documents(shard):
+        for shard in data_set.train:
+            for document in data_set.documents(shard):
                 if num_chars >= BPE_CHARS:
                     return
                 document = document[:BPE_DOCUMENT_CHARS]
@@ -674,7 +675,7 @@ def learn_vocabulary(text: Text) -> Tokenizer:
 def encode_all(texts: Iterable[str], encoders: list[Tokenizer]) -> Iterator[np.ndarray]:
     """Step 3: the tokens of documents, in order.
 
-    In each round every encoder has a thread of its own: threads that share one are slower.
+    A round gives each encoder a share and a thread: threads that share an encoder are slower.
     """
 
     def encode(encoder: Tokenizer, share: list[str]) -> list[np.ndarray]:
@@ -684,7 +685,7 @@ def encode_all(texts: Iterable[str], encoders: list[Tokenizer]) -> Iterator[np.n
     with ThreadPoolExecutor(len(encoders)) as pool:
         while True:
             shares = [list(islice(texts, DOCUMENTS_AT_ONCE)) for _ in encoders]
-            if not shares[0]:
+            if not shares[0]:  # no document is left
                 return
             for documents in pool.map(encode, encoders, shares):
                 yield from documents
@@ -705,36 +706,36 @@ def make(folder: Path, num_shards: int, workers: int) -> Prepared:
     if prepared is not None:
         return prepared
     manifest = folder / "manifest.json"
-    if manifest.exists():  # it was whole once; what else is damaged, nobody knows
+    if manifest.exists():  # written last: all was whole once; what else is damaged, nobody knows
         shutil.rmtree(folder)
     for unfinished in list(folder.rglob("unfinished-*")):  # by a process that was killed
         shutil.rmtree(unfinished)
-    text = find_text(folder, num_shards, workers)
-    vocabulary = folder / TOKENIZER_FILE
-    if not vocabulary.exists():
+    data_set = find_documents(folder, num_shards, workers)
+    vocabulary_file = folder / TOKENIZER_FILE
+    if not vocabulary_file.exists():
         say("learning the vocabulary")
-        tokenizer = learn_vocabulary(text)
-        with written_whole(vocabulary) as file:
+        tokenizer = learn_vocabulary(data_set)
+        with written_whole(vocabulary_file) as file:
             file.write(tokenizer.to_text())
     encoders = [Tokenizer.from_directory(folder) for _ in range(usable_cores())]
-    shards = [(f"train_{Path(shard.file).stem}.bin", shard) for shard in text.train]
-    for name, shard in [("val.bin", text.validation), *shards]:
+    shards = [(f"train_{Path(shard.file).stem}.bin", shard) for shard in data_set.train]
+    for name, shard in [("val.bin", data_set.validation), *shards]:
         if not (folder / name).exists():
             say(f"encoding {shard.file}")
-            documents = progress_bar(text.documents(shard), desc=name, unit=" documents")
+            documents = progress_bar(data_set.documents(shard), desc=name, unit=" documents")
             with written_whole(folder / name) as file:
                 file.writelines(encode_all(documents, encoders))
-    rows = folder / "rows.bin"
-    if not rows.exists():
+    rows_file = folder / "rows.bin"
+    if not rows_file.exists():
         bos = encoders[0].get_bos_token_id()
-        with written_whole(rows) as file:
+        with written_whole(rows_file) as file:
             file.write(pack_validation(folder / "val.bin", bos))
     train = [name for name, _ in shards]
-    names = [vocabulary.name, *train, "val.bin", rows.name]
+    names = [vocabulary_file.name, *train, "val.bin", rows_file.name]
     content = {
         "train": train,
         "sizes": {name: size_of(folder / name) for name in names},
-        "sha256": {file.name: sha256_of(file) for file in (vocabulary, rows)},
+        "sha256": {file.name: sha256_of(file) for file in (vocabulary_file, rows_file)},
     }
     with written_whole(manifest) as file:
         file.write(json.dumps(content, indent=1).encode())
@@ -839,23 +840,23 @@ def make_dataloader(
 
 
 # --- Evaluation ---------------------------------------------------------------
-# A probe is a copy of a row, in which all tokens from a secret position on, the cut, are random.
-# Rows and probes are scored together, in a secret order. What a model may not do, and how it shows:
+# A probe is a copy of a row: from a secret position on, its cut, inputs and targets are noise. Rows
+# and probes are scored together, in a secret order. What a model may not do, and how it shows:
 #
 #   look at later tokens           its loss just before a cut is not that of the row
-#   look, and repeat old answers   it predicts the random tokens behind a cut, which nobody can know
+#   look only after a new prefix   it predicts the noise behind a cut, which nobody can know
 #   look at other rows or batches  its loss before a cut is not that of the row
 #   learn from scored rows         its weights or buffers change, or its losses do
 #   give losses of its own         it is asked for logits, and not given the targets
 #   score other rows or tokens     the SHA-256 of these files is not that of when they were prepared
 #
-# A model that looks ahead at a share s of positions gains about s of the bits. Losses before a cut
-# give half of such models away at s = 1.5 % at the small scale, at 0.15 % at the GPU scale;
-# predictions behind it, at the small scale, nine of ten at 0.25 %, all at 0.5 %.
+# A model that looks ahead at a share s of positions gains about s of the bits. Without CUDA, losses
+# before a cut refuse half of such models at s = 1.5 %, predictions behind it nine of ten at 0.25 %
+# and all at 0.5 %. With CUDA's constants, losses before a cut refuse half at 0.15 %.
 #
 # No check in one process can see training on validation rows, another harness in this one's place,
-# a model that remembers rows and looks ahead only where text goes on as expected, work outside the
-# clock, or a lucky seed.
+# a model that remembers rows and looks ahead only where text goes on as expected, or claims to be
+# out of memory to see all rows twice, work outside the clock, or a lucky seed.
 
 BATCHES_PER_PROBE_BATCH = 20  # 5 % more evaluation; two batches at least
 # An honest model repeats a loss to the last bit, at the same place in a batch of the same shape: on
@@ -870,21 +871,21 @@ OTHER_LOSS = (
 )
 
 
-def halve_until_it_fits(attempt: Callable, rows: int, name: str):
-    """attempt(rows), with fewer rows where memory is short; any other failure is raised."""
+def halve_until_it_fits(attempt: Callable, num_rows: int, name: str):
+    """attempt(num_rows), with fewer rows where memory is short; any other failure is raised."""
     # The words of CUDA, cuBLAS and a CPU, also where a compiler has wrapped them:
     full = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
     while True:
         try:
-            return attempt(rows)
+            return attempt(num_rows)
         except Exception as failure:
             is_full = isinstance(failure, MemoryError) or any(word in str(failure) for word in full)
             # An AcceleratorError leaves the device unusable; a HarnessError is no lack of memory.
             is_final = isinstance(failure, torch.AcceleratorError | HarnessError)
-            if is_final or rows == 1 or not is_full:
+            if is_final or num_rows == 1 or not is_full:
                 raise
-        rows = rows // 2 if rows % 2 == 0 else 1  # a divisor of the first number, for train.py
-        say(f"out of memory: going on with {name} = {rows}")
+        num_rows = num_rows // 2 if num_rows % 2 == 0 else 1  # a divisor, for train.py's sake
+        say(f"out of memory: going on with {name} = {num_rows}")
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -925,10 +926,12 @@ def score(model, V: int, inputs: np.ndarray, targets: np.ndarray, batch_size: in
         model.eval()
         losses = [token_losses(model, V, x, y) for x, y in zip(inputs, targets, strict=True)]
         return torch.cat(losses).cpu().numpy()
-    finally:  # also when memory ran out: the next attempt would take a change for the given state
+    finally:  # also when memory ran out: `before` of the next attempt would hold the change
         for module, mode in modes:
             module.training = mode
-        if changed := sorted({name for name, _ in before.items() ^ state_of(model).items()}):
+        after = state_of(model)
+        changed = [name for name in before | after if before.get(name) != after.get(name)]
+        if changed:
             raise HarnessError(f"the model changed its {', '.join(changed)} while it was evaluated")
 
 
@@ -941,19 +944,19 @@ def refuse_at(bad: np.ndarray, numbers: np.ndarray, what: str) -> None:
 
 def refuse_foresight(losses: np.ndarray, V: int) -> None:
     """Refuse a model that predicts random tokens better than chance; their losses are in nats."""
-    found = np.exp(-losses.astype(np.float64)).sum()  # of the probabilities that it gave them
-    # Whatever it predicts, a token drawn at random has a probability of 1/V in the mean.
-    expected = len(losses) / V
-    if found <= expected:
+    given = np.exp(-losses.astype(np.float64)).sum()  # the probabilities that it gave them
+    # Whatever it predicts, a token drawn at random gets a probability of 1/V in the mean.
+    by_chance = len(losses) / V
+    if given <= by_chance:
         return
     # By Chernoff's bound such a sum is as large with a chance of at most exp(-exponent).
-    exponent = found * np.log(found / expected) - found + expected
+    exponent = given * np.log(given / by_chance) - given + by_chance
     if exponent > FORESIGHT_EXPONENT:
         raise HarnessError("the model foresaw tokens drawn at random: it looks at later tokens")
 
 
 class Probes(NamedTuple):
-    """Copies of P rows, in which all tokens from a secret position on, the cut, are random."""
+    """Copies of P rows: from a secret position on, the cut, inputs and targets are noise."""
 
     inputs: np.ndarray  # (P, T)
     targets: np.ndarray  # (P, T)
@@ -974,7 +977,7 @@ def make_probes(rows: np.ndarray, V: int, secret: np.random.Generator) -> Probes
     T = rows.shape[1] - 1
     noise = secret.integers(V, size=rows.shape, dtype=np.uint16)
     cuts_P1 = secret.integers(1, T, size=(P, 1))
-    # These cuts leave out the last position; an eighth of the probes has its cut behind it.
+    # With a cut of T no input is noise: only so does the last position stand before a cut.
     cuts_P1[secret.choice(P, math.ceil(P / 8), replace=False)] = T
     is_before_cut = np.arange(T) < cuts_P1
     inputs = np.where(is_before_cut, rows[:, :-1], noise[:, :-1])
@@ -987,15 +990,16 @@ def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
     secret = np.random.default_rng()  # seeded by the system: no model can foresee it
     N = len(rows)
     num_batches = math.ceil(N / B)
-    rows = np.resize(rows, (num_batches * B, rows.shape[1]))  # fills the last batch from the start
-    # A loss repeats to the last bit only at the same place in a batch: probe p has place p % B, and
-    # is a copy of a row that has it, too.
+    # Fill the last batch from the start: row i is then row i % N of those that were given.
+    rows = np.resize(rows, (num_batches * B, rows.shape[1]))
+    # A loss repeats to the last bit only at the same place in a batch. So rows and probes keep
+    # theirs, number % B, in all that follows: probe p is a copy of a row of place p % B.
     P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
     originals_P = B * secret.integers(num_batches, size=P) + np.arange(P) % B
     probes = make_probes(rows[originals_P], V, secret)
     inputs = np.concatenate([rows[:, :-1], probes.inputs])
     targets = np.concatenate([rows[:, 1:], probes.targets])
-    # The secret order: what has one place in all batches, a column, is shuffled by itself.
+    # The secret order: each place, a column, is shuffled over the batches, apart from the others.
     order = secret.permuted(np.arange(len(inputs)).reshape(-1, B), axis=0).ravel()
     losses = np.empty(targets.shape, np.float32)
     losses[order] = score(model, V, inputs[order], targets[order], B)

@@ -35,7 +35,7 @@ def main() -> None:
         seconds = median_s(lambda b=batches, n=number: list(islice(b, n)), time.process_time)
         millions = number * B * T / 1e6
         print(f"loader, T {T}, one core: {millions / seconds:.1f} M tokens/s (>= {target})")
-    text = prepare.find_text(prepared.folder, None, workers=8)
+    text = prepare.find_documents(prepared.folder, prepare.NUM_SHARDS, workers=8)
     sample = list(islice(text.documents(text.train[0]), 5000))
     encoders = [prepare.Tokenizer.from_directory() for _ in range(prepare.usable_cores())]
     seconds = median_s(lambda: sum(map(len, prepare.encode_all(sample, encoders))))

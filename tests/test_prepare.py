@@ -186,7 +186,7 @@ def test_files_of_the_hub_keep_their_order_and_rows_of_them_can_be_chosen(climbm
     assert documents_of(prepared, "val.bin") == [some_text(6_542_000 + n, 9) for n in range(130)]
     texts = [f"text {n}" for n in range(5000)]
     write_parquet(tmp_path / "table.parquet", text=texts)
-    text = prepare.Text([], prepare.Shard("table.parquet"), directory=tmp_path)
+    text = prepare.DataSet([], prepare.Shard("table.parquet"), directory=tmp_path)
     assert list(text.documents(prepare.Shard("table.parquet", 1000, 2500))) == texts[1000:2500]
     assert list(text.documents(prepare.Shard("table.parquet", 4990))) == texts[4990:]
 
@@ -333,12 +333,12 @@ def test_what_cannot_be_read_is_named_and_no_space_is_asked_for(own_text, monkey
     assert run_command(monkeypatch) is None
     (note,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("note: "))
     names = f"{own_text}/7.txt, {own_text}/table.parquet"
-    assert note == f"note: 2 files, or parts of them, are no text: {names}"
+    assert note == f"note: 2 files, or parts of them, cannot be read as text: {names}"
     for name in ("7.txt", "table.parquet"):
         monkeypatch.setattr(prepare, "DATASET", str(own_text / name))
         message = run_command(monkeypatch)
         assert "too little text: 0 of 1 documents" in message and "space" not in message
-        assert f"are no text: {own_text}/{name}\n" in capsys.readouterr().out
+        assert f"cannot be read as text: {own_text}/{name}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["shard_00000.parquet", "shard_06542.parquet"])
@@ -460,6 +460,21 @@ def test_scored_rows_hold_every_package_in_proportion_wherever_documents_lie(own
     same = [held_out[0], *held_out][: len(held_out) // 2]
     assert documents_of(again, "val.bin")[: len(same)] == same
     assert not set(documents_of(again, "val.bin")) & set(documents_of(again, *again.train))
+
+
+def test_text_that_changes_while_it_is_read_is_an_error_and_nothing_is_kept(own_text, monkeypatch):
+    """It is read twice: for the hashes, then for the two files."""
+    texts, readings = prepare.file_texts, []
+
+    def edited(path):
+        readings.append(path)
+        is_torn = path.name == "7.txt" and readings.count(path) == 2
+        return iter(()) if is_torn else texts(path)
+
+    monkeypatch.setattr(prepare, "file_texts", edited)
+    assert "the text changed while it was read; run: uv run prepare.py" in run_command(monkeypatch)
+    assert not files_in(prepare.prepared_directory())
+    assert run_command(monkeypatch) is None
 
 
 def test_files_are_read_in_the_same_order_on_every_platform(own_text):
