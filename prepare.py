@@ -341,7 +341,7 @@ def receive(url: str, part: Path) -> str | None:
                     file.write(block)
                     bar.update(len(block))
     # The hub's own answers have the SHA-256; the host that they redirect to has another ETag.
-    for hop in answer.history or [answer]:
+    for hop in answer.history if answer.history else [answer]:
         tag = hop.headers.get("X-Linked-ETag") or hop.headers.get("ETag") or ""
         if digest := re.search(r"\b[0-9a-f]{64}\b", tag):
             return digest[0]

@@ -27,8 +27,8 @@ from typing import NamedTuple
 STARTED_S = time.perf_counter() if __name__ == "__main__" else None
 IS_WSL = "microsoft" in release().lower()
 # torch reads these when it is imported. The first lets its compiler cache graphs with Flash
-# Attention 3: a warm-up is 5 s shorter. By the second, threads of a CPU spin less while they wait:
-# a step takes a third less time beside a busy program, 1 % more without (tests/bench_threads.py).
+# Attention 3: a warm-up is 5 s shorter. The second makes waiting threads of a CPU spin less: beside
+# a busy program a step takes a third less time, on an idle machine 1 % more (bench_threads.py).
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 if not IS_WSL:  # in WSL, drivers before R615 fail with expandable segments
@@ -62,7 +62,7 @@ SHORT_WINDOW = scale(1 / 2, 1 / 4)  # of a row
 ROTARY_BASE = 10_000
 LOGIT_SOFT_CAP = 15.0
 VALUE_EMBEDDING_EVERY = scale(2, 1)  # layers: the last has one, and every n-th below it
-GATE_CHANNELS = 32  # the first ones of a layer's input: from them its value gate is computed
+GATE_CHANNELS = 32  # the first of a layer's input: they decide how much value embedding it adds
 MLP_RATIO = 4  # width of an MLP's hidden layer, in widths of the model
 
 EMBEDDING_STD = 1.0
@@ -78,7 +78,7 @@ EMBEDDING_LR = scale(0.6, 0.5)  # x (width / 768)^-1/2
 UNEMBEDDING_LR = scale(0.004, 0.01)  # x (width / 768)^-1/2
 MATRIX_LR = scale(0.04, 0.015)
 SCALAR_LR = 0.5
-RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR, for r and for any gain or bias that is added
+RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR, for r and for gains or biases that you bring in
 ADAM_BETAS = (0.8, 0.95)
 SKIP_BETAS = (0.96, 0.95)  # for s
 ADAM_EPS = 1e-10
@@ -264,8 +264,8 @@ class GPT(nn.Module):
 
         What cannot be traced whole is an error. A deep copy of the model is not compiled.
         """
-        # All layers share one limit of compiled variants, by default 8. A variant is a window, with
-        # or without value embedding, and a number of rows.
+        # All layers share one limit of compiled variants, by default 8: one for each combination of
+        # window, value embedding or none, and number of rows.
         torch._dynamo.config.recompile_limit = 64
         if self.wte.weight.is_cuda:
             super().compile(dynamic=False, fullgraph=True)
@@ -277,7 +277,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, reduction="mean"):
         cos = self.cos[: idx.size(1)]
         sin = self.sin[: idx.size(1)]
-        # Gradients stay on in an evaluation: without, each layer would be compiled once more.
+        # Compiled by layer, gradients stay on in an evaluation: without them each layer would be
+        # compiled once more.
         with torch.set_grad_enabled(self.is_compiled_by_layer or torch.is_grad_enabled()):
             x0 = norm(self.wte(idx).to(self.dtype))
             x = x0.clone()  # if x were x0, the first layer would be compiled apart from the others
@@ -320,8 +321,8 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
         x = x.mT
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # bA + cA²
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # aX + (bA + cA²)X
     return x.mT if is_tall else x
 
 
@@ -346,7 +347,7 @@ class Muon(torch.optim.Optimizer):
         weight = torch.stack(params)
         grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
         height, width = weight.shape[-2:]
-        averaged_dim = -1 if height >= width else -2  # one mean square a row; if wide, a column
+        averaged_dim = -1 if height >= width else -2  # tall: one mean a row; wide: one a column
         state = self.state[params[0]]
         if not state:
             state["average"] = torch.zeros_like(grad)
@@ -369,12 +370,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def parameter_groups(model: GPT) -> list[dict]:
-    """The groups, with optimizer and rate; a parameter that is listed twice is in the first."""
+    """The groups, with optimizer and rate; make_optimizers keeps a parameter in its first one."""
     width_scale = (model.config.n_embd / 768) ** -0.5
     heads = [module.weight for module in model.modules() if isinstance(module, Head)]
     matrices = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
     skips = [block.skip_scale for block in model.blocks]
-    scalars = [p for p in model.parameters() if p.ndim < 2]  # r, and any gain or bias
+    scalars = [p for p in model.parameters() if p.ndim < 2]  # the skips, too: they have a group
     return [
         dict(name="head", kind="adamw", params=heads, lr=UNEMBEDDING_LR * width_scale),
         dict(name="tables", kind="adamw", params=model.tables(), lr=EMBEDDING_LR * width_scale),
@@ -447,14 +448,14 @@ class Step(NamedTuple):
     loss: torch.Tensor  # on the host, in nats; to be read once the step has ended
     tokens: int
     epoch: int
-    end: float | torch.cuda.Event
+    end: float | torch.cuda.Event  # by time.perf_counter; on CUDA an event
 
     def wait(self) -> float:
-        """Wait until the step has ended; gives when the host saw that, by time.perf_counter."""
+        """Wait until the step has ended; gives the time by time.perf_counter."""
         if isinstance(self.end, float):
             return self.end
         self.end.synchronize()
-        return time.perf_counter()  # an event has no time on this clock
+        return time.perf_counter()  # an event has no time of its own on this clock
 
 
 def check_finite(loss: float, step: str) -> None:
@@ -532,12 +533,12 @@ class Run:
             tensor.copy_(fresh)
         self.model.zero_grad(set_to_none=True)
         self.optimizers = make_optimizers(self.model)
-        self.marks = []  # (part of a step, when it ended); it began when the one before it ended
+        self.marks = []  # (part of a step, when it ended); it began at the mark before
         self.figures = []  # from step_and_measure, for each of DIAGNOSED_AT that was reached
         batches = prepare.make_dataloader(
             self.tokenizer, self.rows, MAX_SEQ_LEN, "train", device=self.platform.device
         )
-        first_batch = next(batches)  # opening the text takes a while: before the clock starts
+        first_batch = next(batches)  # opens the text, which takes a while, before the clock starts
         self.batches = chain([first_batch], batches)
 
     def end_part(self, part: str) -> float | torch.cuda.Event:
@@ -565,8 +566,8 @@ class Run:
             tokens += inputs.numel()
             self.end_part("forward and backward")
         apply_schedules(self.optimizers, progress, step)
-        measured = len(self.figures)
-        if measured < len(DIAGNOSED_AT) and progress >= DIAGNOSED_AT[measured]:
+        num_measured = len(self.figures)
+        if num_measured < len(DIAGNOSED_AT) and progress >= DIAGNOSED_AT[num_measured]:
             self.figures.append(step_and_measure(self.optimizers))
         else:
             for optimizer in self.optimizers:
@@ -578,13 +579,13 @@ class Run:
         return Step(progress, loss_on_host, tokens, epoch, end)
 
     def try_training(self, rows: int) -> None:
-        """Compile what training needs, also what a schedule switches on later."""
+        """Compile what training needs, at the beginning, in the middle and at the end of it."""
         self.rows = rows
         self.start_afresh()
         for number, progress in enumerate(TRIAL_PROGRESS):
             started_s = time.perf_counter()
             step = self.take_step(progress, number)
-            self.step_s = step.wait() - started_s
+            self.step_s = step.wait() - started_s  # the last one's stays, which compiles nothing
             check_finite(step.loss.item(), f"trial step {number}")
 
     def try_evaluation(self, rows: int) -> None:
@@ -617,7 +618,7 @@ class Trained:
         self.epoch = 1
         self.steps_s = []  # how long each took
         self.usual_s = usual_s  # of a step: at first a trial step's, then the last ones' median
-        self.ended_s = 0.0  # when the last step ended, counted from started_s
+        self.ended_s = 0.0  # from started_s to the end of the last step
         self.started_s = time.perf_counter()  # here the clock starts
 
     def add(self, step: Step) -> None:
@@ -646,16 +647,16 @@ class Trained:
 
 
 def train(run: Run) -> Trained:
-    """Take steps while the budget lasts; the last may end beyond it, by less than its own length.
+    """Take steps while the budget lasts; the final one may end beyond it.
 
-    A step is launched before the last one is waited for, so that a GPU always has work.
+    Each is launched before the one before it is waited for, so that a GPU always has work.
     """
     trained = Trained(run.step_s)
-    running = None  # the last step; on a CPU it has ended already
+    running = None  # a step that is launched and not yet added
     for number in count():
         begins_s = time.perf_counter() - trained.started_s
         if running is not None and run.platform.is_cuda:
-            begins_s += trained.usual_s  # behind the running one, which has just begun
+            begins_s += trained.usual_s  # the next one is queued behind `running`, just begun
         if begins_s >= TIME_BUDGET:
             break
         step = run.take_step(begins_s / TIME_BUDGET, number)
@@ -747,7 +748,7 @@ def load_flash_attn_3() -> bool:
     note = prepare.cache_directory() / f"flash-attn-3-{versions}.txt"
     if not note.exists():
         say("fetching Flash Attention 3, this once")
-        folder = ""  # is noted if none comes, so that later runs do not ask again
+        folder = ""  # what the note says if none comes: later runs do not ask again
         try:
             variant = kernels.install_kernel("kernels-community/flash-attn3", version=1)
         except Exception as failure:  # of the network, or there is no build for these versions
@@ -910,7 +911,7 @@ def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
     x = torch.ones(2, 16, device=device, dtype=dtype)
 
     def forward(x):
-        # False where a variable like TORCH_COMPILE_DISABLE is set.
+        # The second is False where a variable like TORCH_COMPILE_DISABLE is set.
         return layer(x).sum(), torch.compiler.is_compiling()
 
     try:
@@ -1059,7 +1060,7 @@ def main() -> None:
         faulthandler.dump_traceback_later(HUNG_AFTER_S, exit=True)
         trained = train(run)
         diagnose(run)
-        # A token takes no longer than in training.
+        # An upper bound: a token takes longer in training.
         evaluation_s = prepare.EVAL_TOKENS * trained.ended_s / trained.tokens
         faulthandler.dump_traceback_later(HUNG_AFTER_S + evaluation_s, exit=True)
         val_bpb = prepare.evaluate_bpb(run.model, run.tokenizer, run.eval_rows)
