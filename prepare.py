@@ -5,7 +5,7 @@
 One way through it, downwards: text, tokens, rows, batches, number.
 
 B batch (rows) · T time (positions of a row) · V vocabulary · N scored rows · P probes. A row
-holds T + 1 tokens: inputs are its first T, targets its last T. BOS is in no text; it begins every
+holds T + 1 tokens: inputs are its first T, targets its last T. No text gives BOS; it begins every
 document, and every piece of a document in a row.
 """
 
@@ -47,7 +47,7 @@ from tqdm import tqdm
 _CUDA = torch.cuda.is_available()
 # climbmix, tinystories, pysource, or the path of a folder or file of your own.
 DATASET = "climbmix" if _CUDA else "pysource"
-NUM_SHARDS = 10  # of the hub's files, how many are trained on, from the first one; -1: all
+NUM_SHARDS = 10  # how many of the hub's files are trained on, from the first one on; -1: all
 VOCAB_SIZE = 8192 if _CUDA else 2048  # tokens: 256 single bytes, merges, 4 special ones
 MAX_SEQ_LEN = 2048 if _CUDA else 512  # T, in tokens
 EVAL_TOKENS = 40 * 524288 if _CUDA else 524288  # the most tokens that are scored
@@ -122,7 +122,7 @@ def usable_cores() -> int:
 
 
 class Shard(NamedTuple):
-    """Documents: the texts of a file, from number `first` to before number `last`."""
+    """Texts `first` to `last - 1` of a file; each is a document."""
 
     file: str
     first: int = 0
@@ -157,8 +157,8 @@ PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
 PYSOURCE_SKIPS = ("__config__.py", "_distributor_init.py", "_distributor_init_local.py")
 
 # Of local text, the documents with the lowest hashes are held out until either limit is reached: a
-# fair sample of every folder and topic. A token is about 4 bytes, and of three tokens packing cuts
-# off about two, as it takes documents whole: 12 bytes of text for each token that is scored.
+# fair sample of every folder and topic. A token is about 4 bytes, and packing keeps about one of
+# three, as the rest of a document that it cuts is lost: 12 bytes for each token that is scored.
 HELD_OUT_SHARE = 0.1  # of the bytes of all text
 HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS
 LEAST_ROWS = 16  # of validation text: fewer would measure nothing
@@ -238,7 +238,8 @@ def file_texts(path: Path) -> Iterator[str]:
                 yield from cut_into_documents(file)
                 return
             for line in filter(str.strip, file):
-                try:  # JSON can hold lone surrogates, UTF-8 cannot
+                try:
+                    # Through UTF-8, which has no lone surrogates, as JSON may have.
                     yield json.loads(line)["text"].encode(errors="replace").decode()
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                     lines_without_text += 1
@@ -284,12 +285,12 @@ def gather_local_text(train: Path, validation: Path) -> None:
     bytes_left = min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * bytes_by_hash.total())
     for lowest_trained_hash in sorted(bytes_by_hash):
         bytes_left -= bytes_by_hash[lowest_trained_hash]
-        if bytes_left < 0:  # at the last hash at the latest: a share is less than all
+        if bytes_left < 0:  # as it comes to be, because HELD_OUT_SHARE is below 1
             break
     held_out = []
     with written_whole(train) as file:
         for text_hash, text in local_documents(unread):
-            bytes_by_hash[text_hash] -= len(text.encode())
+            bytes_by_hash[text_hash] -= len(text.encode())  # to 0, if the text is what it was
             line = json.dumps({"text": text}).encode() + b"\n"
             if text_hash < lowest_trained_hash:
                 held_out.append((text_hash, line))
@@ -352,7 +353,7 @@ def download_file(url: str, path: Path) -> None:
     """Fetch into `path`.part, with which a next call goes on, and rename it once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    longest = size_of(part)  # ever: to fetch again what was damaged and deleted is no progress
+    longest = size_of(part)  # that it ever was: below, a part that was deleted makes no progress
     waits_left_s = list(RETRY_WAITS_S)
     while True:
         try:
@@ -388,7 +389,7 @@ def download(repository: str, names: list[str], directory: Path, workers: int) -
     try:
         fetch(missing[0])
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(fetch, missing[1:]))  # raises a failure, and begins no more files then
+            list(pool.map(fetch, missing[1:]))  # raises the first failure
     except (requests.RequestException, HarnessError) as failure:
         lost = [name for name in missing if not is_parquet(directory / name)]
         raise HarnessError(
@@ -512,7 +513,7 @@ def get_token_bytes(device: str | torch.device = "cpu") -> torch.Tensor:
 
 
 class Piece(NamedTuple):
-    """Part of a document: in a row BOS, then `length - 1` tokens of a file from `start` on."""
+    """Part of a document: BOS and tokens[start : start + length - 1]; `length` counts the BOS."""
 
     start: int
     length: int
@@ -525,16 +526,20 @@ def whole_documents(tokens: np.ndarray, bos: int) -> list[Piece]:
 
 
 def beginnings(documents: list[Piece], most: int) -> list[Piece]:
-    """The first `most` tokens of each."""
+    """The first `most` tokens of each, BOS included."""
     return [Piece(start, min(length, most)) for start, length in documents]
 
 
 def rests(documents: list[Piece], most: int) -> list[Piece]:
-    """What follows the beginnings, in pieces of at most `most` tokens with their BOS."""
+    """What follows the beginnings, in pieces of at most `most` tokens.
+
+    With 4, the document BOS a b c d e has the beginning BOS a b c and the rest BOS d e.
+    """
     pieces = []
     step = most - 1  # tokens of text in a full piece, besides its BOS
     for start, length in documents:
-        for served in range(step, length - 1, step):  # tokens of text in the pieces before
+        text_length = length - 1
+        for served in range(step, text_length, step):  # tokens of text in the pieces before
             pieces.append(Piece(start + served, min(length - served, most)))
     return pieces
 
@@ -559,9 +564,11 @@ def pack_rows(
                 insort(buffer, (length, -number, start))
             if not buffer:
                 return  # without the last row, which is not full
-            limit = max(room, buffer[0][0])  # if none fits: the shortest, which is then cut
-            place = bisect_left(buffer, (limit + 1,)) - 1  # the last entry of at most `limit`
-            length, minus_number, start = buffer.pop(place)
+            num_fitting = bisect_left(buffer, (room + 1,))
+            if num_fitting == 0:  # take of the shortest, and cut it
+                shortest = buffer[0][0]
+                num_fitting = bisect_left(buffer, (shortest + 1,))
+            length, minus_number, start = buffer.pop(num_fitting - 1)
             taken = min(length, room)
             row.append(Piece(start, taken))
             room -= taken
@@ -595,10 +602,10 @@ def training_rows(
 
     The pieces of a file are shuffled, by a seed of epoch and file: the same in every run.
     """
-    for cut in (beginnings, rests):
+    for part_of in (beginnings, rests):
         for n, file in enumerate(files):
             tokens = np.memmap(file, np.uint16, "r")
-            pieces = cut(whole_documents(tokens, bos), row_tokens)
+            pieces = part_of(whole_documents(tokens, bos), row_tokens)
             np.random.default_rng((epoch, n)).shuffle(pieces)
             for packed in pack_rows(pieces, row_tokens, buffer_size, keep_rest=True):
                 yield fill_row(packed, tokens, bos)
@@ -706,7 +713,7 @@ def make(folder: Path, num_shards: int, workers: int) -> Prepared:
     if prepared is not None:
         return prepared
     manifest = folder / "manifest.json"
-    if manifest.exists():  # written last: all was whole once; what else is damaged, nobody knows
+    if manifest.exists():  # and a file that it lists is damaged: none of them can be trusted
         shutil.rmtree(folder)
     for unfinished in list(folder.rglob("unfinished-*")):  # by a process that was killed
         shutil.rmtree(unfinished)
@@ -757,7 +764,7 @@ def prepare(num_shards: int | None = None, workers: int = 8) -> Prepared:
         folder = prepared_directory(num_shards)
         say(f"preparing {DATASET} in {folder} (waits while another process prepares data)")
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_directory() / "lock"):  # it ends with the process
+        with FileLock(cache_directory() / "lock"):  # the system frees it when a process dies
             prepared = make(folder, num_shards, workers)
     except OSError as failure:
         remedy = "free some space or set AUTORESEARCH_CACHE to a folder that you may use"
@@ -840,25 +847,28 @@ def make_dataloader(
 
 
 # --- Evaluation ---------------------------------------------------------------
-# A probe is a copy of a row: from a secret position on, its cut, inputs and targets are noise. Rows
-# and probes are scored together, in a secret order. What a model may not do, and how it shows:
+# A probe is a copy of a row whose inputs and targets are noise from a secret position, the cut, on.
+# Rows and probes are scored together, in a secret order. What a model may not do, and how it shows:
 #
 #   look at later tokens           its loss just before a cut is not that of the row
-#   look only after a new prefix   it predicts the noise behind a cut, which nobody can know
+#   look, but repeat what it gave  behind a cut nothing was seen before: it predicts noise, which
+#   for what it has seen           nobody can know
 #   look at other rows or batches  its loss before a cut is not that of the row
 #   learn from scored rows         its weights or buffers change, or its losses do
 #   give losses of its own         it is asked for logits, and not given the targets
-#   score other rows or tokens     the SHA-256 of these files is not that of when they were prepared
+#   score other rows or tokens     the SHA-256 of rows or tokenizer is not the manifest's
 #
-# A model that looks ahead at a share s of positions gains about s of the bits. Without CUDA, losses
-# before a cut refuse half of such models at s = 1.5 %, predictions behind it nine of ten at 0.25 %
-# and all at 0.5 %. With CUDA's constants, losses before a cut refuse half at 0.15 %.
+# A model that looks ahead at a share s of positions gains about s of the bits. Refused are, at s =
 #
-# No check in one process can see training on validation rows, another harness in this one's place,
-# a model that remembers rows and looks ahead only where text goes on as expected, or claims to be
-# out of memory to see all rows twice, work outside the clock, or a lucky seed.
+#   without CUDA, by losses before a cut      half of such models at 1.5 %
+#   without CUDA, by predictions behind it    nine of ten at 0.25 %, all at 0.5 %
+#   with CUDA, by losses before a cut         half at 0.15 %
+#
+# What no check in one process can see: training on validation rows; another harness in this one's
+# place; work outside the clock; a lucky seed; a model that remembers rows, and looks ahead only if
+# text goes on as expected; one that feigns to be out of memory, and so sees all rows twice.
 
-BATCHES_PER_PROBE_BATCH = 20  # 5 % more evaluation; two batches at least
+BATCHES_PER_PROBE_BATCH = 20  # 5 % more evaluation
 # An honest model repeats a loss to the last bit, at the same place in a batch of the same shape: on
 # a CPU, and on CUDA if its kernels add in a fixed order (atomics do not). A leak that stays below
 # the tolerance gains about 0.001 bits a byte at most, less than two seeds differ by.
@@ -884,7 +894,7 @@ def halve_until_it_fits(attempt: Callable, num_rows: int, name: str):
             is_final = isinstance(failure, torch.AcceleratorError | HarnessError)
             if is_final or num_rows == 1 or not is_full:
                 raise
-        num_rows = num_rows // 2 if num_rows % 2 == 0 else 1  # a divisor, for train.py's sake
+        num_rows = num_rows // 2 if num_rows % 2 == 0 else 1  # so that it divides a step's rows
         say(f"out of memory: going on with {name} = {num_rows}")
         gc.collect()
         if torch.cuda.is_initialized():
@@ -893,7 +903,7 @@ def halve_until_it_fits(attempt: Callable, num_rows: int, name: str):
 
 def token_losses(model, V: int, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy (B, T) in nats of logits that the model gives from the inputs alone."""
-    logits = model(inputs.clone())  # `inputs` shares its memory with all other rows
+    logits = model(inputs.clone())  # behind a view it could read all other rows
     shape = (*inputs.shape, V)
     if type(logits) is not torch.Tensor or not logits.is_floating_point() or logits.shape != shape:
         seen = f"{type(logits)}, {getattr(logits, 'dtype', '')} {getattr(logits, 'shape', '')}"
@@ -926,7 +936,7 @@ def score(model, V: int, inputs: np.ndarray, targets: np.ndarray, batch_size: in
         model.eval()
         losses = [token_losses(model, V, x, y) for x, y in zip(inputs, targets, strict=True)]
         return torch.cat(losses).cpu().numpy()
-    finally:  # also when memory ran out: `before` of the next attempt would hold the change
+    finally:  # also if it failed: halve_until_it_fits tries again, and would not know the change
         for module, mode in modes:
             module.training = mode
         after = state_of(model)
@@ -960,7 +970,7 @@ class Probes(NamedTuple):
 
     inputs: np.ndarray  # (P, T)
     targets: np.ndarray  # (P, T)
-    is_before_cut: np.ndarray  # (P, T) bool: these have the inputs and the target of the row
+    is_before_cut: np.ndarray  # (P, T) bool: target and all inputs so far are the row's
 
 
 def make_probes(rows: np.ndarray, V: int, secret: np.random.Generator) -> Probes:
@@ -977,7 +987,7 @@ def make_probes(rows: np.ndarray, V: int, secret: np.random.Generator) -> Probes
     T = rows.shape[1] - 1
     noise = secret.integers(V, size=rows.shape, dtype=np.uint16)
     cuts_P1 = secret.integers(1, T, size=(P, 1))
-    # With a cut of T no input is noise: only so does the last position stand before a cut.
+    # Whole copies, without any noise in: else no loss at the last position would be compared.
     cuts_P1[secret.choice(P, math.ceil(P / 8), replace=False)] = T
     is_before_cut = np.arange(T) < cuts_P1
     inputs = np.where(is_before_cut, rows[:, :-1], noise[:, :-1])
@@ -992,14 +1002,15 @@ def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
     num_batches = math.ceil(N / B)
     # Fill the last batch from the start: row i is then row i % N of those that were given.
     rows = np.resize(rows, (num_batches * B, rows.shape[1]))
-    # A loss repeats to the last bit only at the same place in a batch. So rows and probes keep
-    # theirs, number % B, in all that follows: probe p is a copy of a row of place p % B.
+    # A loss repeats to the last bit only at the same place in a batch, which is i % B for row i and
+    # for probe i: a probe is a copy of the row at its place of a random batch.
     P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
-    originals_P = B * secret.integers(num_batches, size=P) + np.arange(P) % B
+    batches_P = secret.integers(num_batches, size=P)
+    originals_P = B * batches_P + np.arange(P) % B
     probes = make_probes(rows[originals_P], V, secret)
     inputs = np.concatenate([rows[:, :-1], probes.inputs])
     targets = np.concatenate([rows[:, 1:], probes.targets])
-    # The secret order: each place, a column, is shuffled over the batches, apart from the others.
+    # The secret order: of numbers laid out as (batches, B) each column is shuffled by itself.
     order = secret.permuted(np.arange(len(inputs)).reshape(-1, B), axis=0).ravel()
     losses = np.empty(targets.shape, np.float32)
     losses[order] = score(model, V, inputs[order], targets[order], B)
@@ -1061,7 +1072,7 @@ def evaluate_bpb(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) 
         lambda size: checked_losses(model, rows, size, V), batch_size, "rows of evaluation"
     )
     lengths_NT = fresh.token_lengths()[rows[:, 1:]]
-    nats_NT = np.where(lengths_NT > 0, losses_NT, 0).astype(np.float64)  # none of special tokens
+    nats_NT = np.where(lengths_NT > 0, losses_NT, 0).astype(np.float64)  # special ones do not count
     eighth = math.ceil(MAX_SEQ_LEN / 8)
     spans_T = np.arange(MAX_SEQ_LEN) // eighth * eighth  # a span is named by its first position
     say_bits("position", np.broadcast_to(spans_T, nats_NT.shape), nats_NT, lengths_NT)
