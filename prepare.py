@@ -5,8 +5,8 @@
 One way through it, downwards: text, tokens, rows, batches, number.
 
 B batch (rows) · T time (positions of a row) · V vocabulary · N scored rows · P probes. A row
-holds T + 1 tokens: inputs are its first T, targets its last T. No text gives BOS; it begins every
-document, and every piece of a document in a row.
+holds T + 1 tokens: inputs are its first T, targets its last T. BOS, which no text is encoded to,
+begins every document, and every piece of a document in a row.
 """
 
 import argparse
@@ -157,8 +157,8 @@ PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
 PYSOURCE_SKIPS = ("__config__.py", "_distributor_init.py", "_distributor_init_local.py")
 
 # Of local text, the documents with the lowest hashes are held out until either limit is reached: a
-# fair sample of every folder and topic. A token is about 4 bytes, and packing keeps about one of
-# three, as the rest of a document that it cuts is lost: 12 bytes for each token that is scored.
+# fair sample of every folder and topic. A token is about 4 bytes, and packing keeps about one token
+# in three, as it drops the rest of a document that it cuts: 12 bytes for each scored token.
 HELD_OUT_SHARE = 0.1  # of the bytes of all text
 HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS
 LEAST_ROWS = 16  # of validation text: fewer would measure nothing
@@ -191,7 +191,7 @@ def local_files() -> list[Path]:
     return files
 
 
-# Cached, as the name of the prepared folder depends on it, and must stay the same within a run.
+# Cached: the prepared folder's name is made from it, and must not change during a run.
 @cache
 def listing(dataset: str) -> list[tuple[str, int, float]]:
     """Names, sizes and times of the files of local text; `dataset` is only the cache's key."""
@@ -226,7 +226,7 @@ def file_texts(path: Path) -> Iterator[str]:
         if path.suffix == ".parquet":
             file = pyarrow.parquet.ParquetFile(path)
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                # As bytes: what is no UTF-8 would end to_pylist.
+                # As bytes: to_pylist raises at text that is no UTF-8.
                 for text in batch.column("text").cast(pyarrow.binary()).to_pylist():
                     yield (text or b"").decode(errors="replace")
             return
@@ -239,7 +239,7 @@ def file_texts(path: Path) -> Iterator[str]:
                 return
             for line in filter(str.strip, file):
                 try:
-                    # Through UTF-8, which has no lone surrogates, as JSON may have.
+                    # JSON may hold lone surrogates, UTF-8 cannot: they become question marks.
                     yield json.loads(line)["text"].encode(errors="replace").decode()
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                     lines_without_text += 1
@@ -283,14 +283,16 @@ def gather_local_text(train: Path, validation: Path) -> None:
     if not bytes_by_hash:
         raise too_little_text(0, 1, "documents")
     bytes_left = min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * bytes_by_hash.total())
-    for lowest_trained_hash in sorted(bytes_by_hash):
-        bytes_left -= bytes_by_hash[lowest_trained_hash]
-        if bytes_left < 0:  # as it comes to be, because HELD_OUT_SHARE is below 1
+    for text_hash in sorted(bytes_by_hash):
+        bytes_left -= bytes_by_hash[text_hash]
+        if bytes_left < 0:  # always reached, because HELD_OUT_SHARE is below 1
+            lowest_trained_hash = text_hash
             break
     held_out = []
     with written_whole(train) as file:
         for text_hash, text in local_documents(unread):
-            bytes_by_hash[text_hash] -= len(text.encode())  # to 0, if the text is what it was
+            # This second reading takes away what the first one added: checked below.
+            bytes_by_hash[text_hash] -= len(text.encode())
             line = json.dumps({"text": text}).encode() + b"\n"
             if text_hash < lowest_trained_hash:
                 held_out.append((text_hash, line))
@@ -353,7 +355,7 @@ def download_file(url: str, path: Path) -> None:
     """Fetch into `path`.part, with which a next call goes on, and rename it once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    longest = size_of(part)  # that it ever was: below, a part that was deleted makes no progress
+    longest = size_of(part)  # it ever was: to fetch again what was deleted is no progress
     waits_left_s = list(RETRY_WAITS_S)
     while True:
         try:
@@ -381,8 +383,8 @@ def download(repository: str, names: list[str], directory: Path, workers: int) -
         download_file(f"{endpoint}/datasets/{repository}/resolve/main/{name}", directory / name)
         say(f"{name}: {size_of(directory / name) / 1e6:.0f} MB")
 
-    each_once = dict.fromkeys(names)  # two splits can be of one file
-    missing = [name for name in each_once if not is_parquet(directory / name)]
+    unique_names = dict.fromkeys(names)  # two splits can lie in one file
+    missing = [name for name in unique_names if not is_parquet(directory / name)]
     if not missing:
         return
     say(f"downloading {len(missing)} files of {repository}")
@@ -564,11 +566,10 @@ def pack_rows(
                 insort(buffer, (length, -number, start))
             if not buffer:
                 return  # without the last row, which is not full
-            num_fitting = bisect_left(buffer, (room + 1,))
-            if num_fitting == 0:  # take of the shortest, and cut it
-                shortest = buffer[0][0]
-                num_fitting = bisect_left(buffer, (shortest + 1,))
-            length, minus_number, start = buffer.pop(num_fitting - 1)
+            shortest = buffer[0][0]
+            most = room if shortest <= room else shortest  # none fits: one of the shortest is cut
+            place = bisect_left(buffer, (most + 1,)) - 1  # the last entry of at most that length
+            length, minus_number, start = buffer.pop(place)
             taken = min(length, room)
             row.append(Piece(start, taken))
             room -= taken
@@ -851,18 +852,19 @@ def make_dataloader(
 # Rows and probes are scored together, in a secret order. What a model may not do, and how it shows:
 #
 #   look at later tokens           its loss just before a cut is not that of the row
-#   look, but repeat what it gave  behind a cut nothing was seen before: it predicts noise, which
-#   for what it has seen           nobody can know
+#   look, but give old answers     behind a cut nothing begins as before: it predicts noise, which
+#   where a row begins as before   nobody can know
 #   look at other rows or batches  its loss before a cut is not that of the row
 #   learn from scored rows         its weights or buffers change, or its losses do
 #   give losses of its own         it is asked for logits, and not given the targets
 #   score other rows or tokens     the SHA-256 of rows or tokenizer is not the manifest's
 #
-# A model that looks ahead at a share s of positions gains about s of the bits. Refused are, at s =
+# A model that looks ahead at 1 % of positions gains about 1 % of the bits. The share of positions,
+# and how many such models are refused:
 #
-#   without CUDA, by losses before a cut      half of such models at 1.5 %
-#   without CUDA, by predictions behind it    nine of ten at 0.25 %, all at 0.5 %
-#   with CUDA, by losses before a cut         half at 0.15 %
+#   without CUDA, losses before a cut        1.5 %: half
+#   without CUDA, predictions behind a cut   0.25 %: nine of ten · 0.5 %: all
+#   with CUDA, losses before a cut           0.15 %: half
 #
 # What no check in one process can see: training on validation rows; another harness in this one's
 # place; work outside the clock; a lucky seed; a model that remembers rows, and looks ahead only if
@@ -894,7 +896,7 @@ def halve_until_it_fits(attempt: Callable, num_rows: int, name: str):
             is_final = isinstance(failure, torch.AcceleratorError | HarnessError)
             if is_final or num_rows == 1 or not is_full:
                 raise
-        num_rows = num_rows // 2 if num_rows % 2 == 0 else 1  # so that it divides a step's rows
+        num_rows = num_rows // 2 if num_rows % 2 == 0 else 1  # of a step's rows either is a divisor
         say(f"out of memory: going on with {name} = {num_rows}")
         gc.collect()
         if torch.cuda.is_initialized():
@@ -903,7 +905,7 @@ def halve_until_it_fits(attempt: Callable, num_rows: int, name: str):
 
 def token_losses(model, V: int, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy (B, T) in nats of logits that the model gives from the inputs alone."""
-    logits = model(inputs.clone())  # behind a view it could read all other rows
+    logits = model(inputs.clone())  # a view's storage holds all other rows
     shape = (*inputs.shape, V)
     if type(logits) is not torch.Tensor or not logits.is_floating_point() or logits.shape != shape:
         seen = f"{type(logits)}, {getattr(logits, 'dtype', '')} {getattr(logits, 'shape', '')}"
@@ -936,7 +938,7 @@ def score(model, V: int, inputs: np.ndarray, targets: np.ndarray, batch_size: in
         model.eval()
         losses = [token_losses(model, V, x, y) for x, y in zip(inputs, targets, strict=True)]
         return torch.cat(losses).cpu().numpy()
-    finally:  # also if it failed: halve_until_it_fits tries again, and would not know the change
+    finally:  # also after a failure: the next attempt's `before` would hide the change
         for module, mode in modes:
             module.training = mode
         after = state_of(model)
@@ -955,7 +957,7 @@ def refuse_at(bad: np.ndarray, numbers: np.ndarray, what: str) -> None:
 def refuse_foresight(losses: np.ndarray, V: int) -> None:
     """Refuse a model that predicts random tokens better than chance; their losses are in nats."""
     given = np.exp(-losses.astype(np.float64)).sum()  # the probabilities that it gave them
-    # Whatever it predicts, a token drawn at random gets a probability of 1/V in the mean.
+    # Its probabilities sum to 1, so a token drawn at random gets 1/V in the mean.
     by_chance = len(losses) / V
     if given <= by_chance:
         return
@@ -980,14 +982,14 @@ def make_probes(rows: np.ndarray, V: int, secret: np.random.Generator) -> Probes
 
         inputs 0 1 2 ~ ~ · targets 1 2 3 ~ ~
 
-    Position 2 predicts the row's own token, though noise is what comes next: a model that looks one
-    token ahead gets another loss there.
+    Position 2 has the row's token 3 as its target, though the next input is noise: a model that
+    looks one token ahead gets another loss there.
     """
     P = len(rows)
     T = rows.shape[1] - 1
     noise = secret.integers(V, size=rows.shape, dtype=np.uint16)
     cuts_P1 = secret.integers(1, T, size=(P, 1))
-    # Whole copies, without any noise in: else no loss at the last position would be compared.
+    # One in eight is not cut: cuts below T leave the last position never compared.
     cuts_P1[secret.choice(P, math.ceil(P / 8), replace=False)] = T
     is_before_cut = np.arange(T) < cuts_P1
     inputs = np.where(is_before_cut, rows[:, :-1], noise[:, :-1])
@@ -1002,15 +1004,15 @@ def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
     num_batches = math.ceil(N / B)
     # Fill the last batch from the start: row i is then row i % N of those that were given.
     rows = np.resize(rows, (num_batches * B, rows.shape[1]))
-    # A loss repeats to the last bit only at the same place in a batch, which is i % B for row i and
-    # for probe i: a probe is a copy of the row at its place of a random batch.
+    # Row i and probe i stand at place i % B of a batch. A probe is a copy of the row at that place
+    # of a random batch: only there does a loss repeat to the last bit.
     P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
     batches_P = secret.integers(num_batches, size=P)
     originals_P = B * batches_P + np.arange(P) % B
     probes = make_probes(rows[originals_P], V, secret)
     inputs = np.concatenate([rows[:, :-1], probes.inputs])
     targets = np.concatenate([rows[:, 1:], probes.targets])
-    # The secret order: of numbers laid out as (batches, B) each column is shuffled by itself.
+    # The secret order: rows and probes change batches, and keep their place in a batch.
     order = secret.permuted(np.arange(len(inputs)).reshape(-1, B), axis=0).ravel()
     losses = np.empty(targets.shape, np.float32)
     losses[order] = score(model, V, inputs[order], targets[order], B)
@@ -1021,6 +1023,7 @@ def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
     gaps_PT = np.abs(losses_PT - losses[originals_P])
     is_other_PT = probes.is_before_cut & ~(gaps_PT <= LOSS_TOLERANCE_NATS)  # a > lets NaN pass
     refuse_at(is_other_PT, originals_P % N, OTHER_LOSS)
+    # Behind a cut nothing was compared.
     refuse_at(np.isnan(losses_PT), originals_P % N, "a loss that is not a number")
     refuse_foresight(losses_PT[~probes.is_before_cut], V)
     return losses_NT

@@ -61,7 +61,7 @@ WINDOW_PATTERN = "SSSL"  # tiled over the layers: S short, L the whole row; the 
 SHORT_WINDOW = scale(1 / 2, 1 / 4)  # of a row
 ROTARY_BASE = 10_000
 LOGIT_SOFT_CAP = 15.0
-VALUE_EMBEDDING_EVERY = scale(2, 1)  # layers: the last has one, and every n-th below it
+VALUE_EMBEDDING_EVERY = scale(2, 1)  # in every n-th layer, counted down from the last
 GATE_CHANNELS = 32  # the first of a layer's input: they decide how much value embedding it adds
 MLP_RATIO = 4  # width of an MLP's hidden layer, in widths of the model
 
@@ -94,7 +94,7 @@ SEED = os.environ.get("SEED", "42")  # a run with another one tells a gain from 
 
 ATTENTION = ""  # "": chosen for this machine, and checked; or a name of BACKENDS, not checked
 QUERY_BLOCK = 128  # queries at a time, where attention is written out
-TRIAL_PROGRESS = (0.0, 0.5, 1.0)  # a trial step at each, before the clock, on weights thrown away
+TRIAL_PROGRESS = (0.0, 0.5, 1.0)  # a trial step at each, on weights that are thrown away
 MAX_LOSS = 100.0  # a run beyond it is ended
 LOG_LINES = 25
 DIAGNOSED_AT = (0.25, 0.5, 0.75, 0.98)  # of the time budget
@@ -140,7 +140,7 @@ def rotate(x_BTHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 class Linear(nn.Linear):
     """A matrix without bias, in float32, that is multiplied in the type of its input.
 
-    Where the output of one feeds another, give at most one std=0: with both at 0 neither learns.
+    Of two in a row at most one may start at std=0: else neither gets a gradient.
     """
 
     def __init__(self, inputs: int, outputs: int, std: float):
@@ -177,7 +177,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, idx, cos, sin):
         B, T, C = x.shape
-        # Muon orthogonalizes each of the three weights; to multiply them as one is faster.
+        # Three weights, as Muon orthogonalizes each; one product, as that is faster.
         weight = torch.cat([self.c_q.weight, self.c_k.weight, self.c_v.weight])
         qkv = F.linear(x, weight.to(x.dtype)).view(B, T, sum(self.head_counts), -1)
         q, k, v = qkv.split(self.head_counts, dim=2)  # each (B, T, H, D)
@@ -264,8 +264,8 @@ class GPT(nn.Module):
 
         What cannot be traced whole is an error. A deep copy of the model is not compiled.
         """
-        # All layers share one limit of compiled variants, by default 8: one for each combination of
-        # window, value embedding or none, and number of rows.
+        # The layers share a limit of compiled variants, by default 8. Each combination of window,
+        # value embedding or none, and number of rows needs one.
         torch._dynamo.config.recompile_limit = 64
         if self.wte.weight.is_cuda:
             super().compile(dynamic=False, fullgraph=True)
@@ -277,8 +277,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, reduction="mean"):
         cos = self.cos[: idx.size(1)]
         sin = self.sin[: idx.size(1)]
-        # Compiled by layer, gradients stay on in an evaluation: without them each layer would be
-        # compiled once more.
+        # Layers compiled one by one keep gradients on even under no_grad: else each would be
+        # compiled a second time, for the evaluation.
         with torch.set_grad_enabled(self.is_compiled_by_layer or torch.is_grad_enabled()):
             x0 = norm(self.wte(idx).to(self.dtype))
             x = x0.clone()  # if x were x0, the first layer would be compiled apart from the others
@@ -375,7 +375,7 @@ def parameter_groups(model: GPT) -> list[dict]:
     heads = [module.weight for module in model.modules() if isinstance(module, Head)]
     matrices = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
     skips = [block.skip_scale for block in model.blocks]
-    scalars = [p for p in model.parameters() if p.ndim < 2]  # the skips, too: they have a group
+    scalars = [p for p in model.parameters() if p.ndim < 2]  # also the skips: these stay in theirs
     return [
         dict(name="head", kind="adamw", params=heads, lr=UNEMBEDDING_LR * width_scale),
         dict(name="tables", kind="adamw", params=model.tables(), lr=EMBEDDING_LR * width_scale),
@@ -556,7 +556,7 @@ class Run:
         micro_batches = TOTAL_BATCH_SIZE // (self.rows * MAX_SEQ_LEN)
         total_loss = torch.zeros((), device=self.platform.device)
         tokens = 0
-        self.end_part("rest")  # that is, from the last step's end until here
+        self.end_part("rest")  # the time since the last step; the first mark only opens the list
         for _ in range(micro_batches):
             inputs, targets, epoch = next(self.batches)
             self.end_part("data")
@@ -566,8 +566,8 @@ class Run:
             tokens += inputs.numel()
             self.end_part("forward and backward")
         apply_schedules(self.optimizers, progress, step)
-        num_measured = len(self.figures)
-        if num_measured < len(DIAGNOSED_AT) and progress >= DIAGNOSED_AT[num_measured]:
+        due = DIAGNOSED_AT[len(self.figures) :]  # what is not measured yet
+        if due and progress >= due[0]:
             self.figures.append(step_and_measure(self.optimizers))
         else:
             for optimizer in self.optimizers:
@@ -579,13 +579,13 @@ class Run:
         return Step(progress, loss_on_host, tokens, epoch, end)
 
     def try_training(self, rows: int) -> None:
-        """Compile what training needs, at the beginning, in the middle and at the end of it."""
+        """Compile what training needs, also what a schedule or a measurement brings in later."""
         self.rows = rows
         self.start_afresh()
         for number, progress in enumerate(TRIAL_PROGRESS):
             started_s = time.perf_counter()
             step = self.take_step(progress, number)
-            self.step_s = step.wait() - started_s  # the last one's stays, which compiles nothing
+            self.step_s = step.wait() - started_s  # in the end the last one's, when all is compiled
             check_finite(step.loss.item(), f"trial step {number}")
 
     def try_evaluation(self, rows: int) -> None:
@@ -656,7 +656,8 @@ def train(run: Run) -> Trained:
     for number in count():
         begins_s = time.perf_counter() - trained.started_s
         if running is not None and run.platform.is_cuda:
-            begins_s += trained.usual_s  # the next one is queued behind `running`, just begun
+            # The step before `running` has just ended: that begins now, and this one after it.
+            begins_s += trained.usual_s
         if begins_s >= TIME_BUDGET:
             break
         step = run.take_step(begins_s / TIME_BUDGET, number)
@@ -748,7 +749,7 @@ def load_flash_attn_3() -> bool:
     note = prepare.cache_directory() / f"flash-attn-3-{versions}.txt"
     if not note.exists():
         say("fetching Flash Attention 3, this once")
-        folder = ""  # what the note says if none comes: later runs do not ask again
+        folder = ""  # an empty note means that none came: later runs do not ask again
         try:
             variant = kernels.install_kernel("kernels-community/flash-attn3", version=1)
         except Exception as failure:  # of the network, or there is no build for these versions
@@ -873,7 +874,7 @@ def refuse_unusable_gpu() -> None:
     except RuntimeError as failure:
         why = str(failure).strip()
         there_is_none = "Found no NVIDIA driver" in why or "No CUDA GPUs" in why
-        if there_is_none and visible is None:  # nor was one asked for
+        if there_is_none and visible is None:  # and nobody asked for one
             return
         raise HarnessError(
             f"torch cannot use the GPU here: {why[:120]}… If CUDA_VISIBLE_DEVICES names one that "
@@ -885,7 +886,7 @@ def refuse_unusable_gpu() -> None:
 def set_up_cpu() -> None:
     """Use no more threads than usable cores; make glibc keep freed memory for the next step."""
     torch.set_num_threads(min(torch.get_num_threads(), prepare.usable_cores()))
-    with suppress(OSError, AttributeError, TypeError):  # no glibc
+    with suppress(OSError, AttributeError, TypeError):  # no glibc (the last: Windows)
         # Mapping a step's memory anew takes 8 % of a step.
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most that older glibc accepts
@@ -986,7 +987,7 @@ def describe(run: Run) -> None:
 def diagnose(run: Run) -> None:
     """Say how each group moved, stage by stage, and where the time went."""
     for group in groups_of(run.optimizers):
-        pairs = [figures[group["name"]].tolist() for figures in run.figures]
+        pairs = [stage[group["name"]].tolist() for stage in run.figures]
         gradients = " ".join(f"{gradient:.2g}" for gradient, _ in pairs)
         updates = " ".join(f"{update:.1e}" for _, update in pairs)
         say(f"group {group['name']}: gradient norm {gradients} · update / weights {updates}")
