@@ -28,9 +28,12 @@ STARTED_S = time.perf_counter() if __name__ == "__main__" else None
 IS_WSL = "microsoft" in release().lower()
 # torch reads these when it is imported. The first lets its compiler cache graphs with Flash
 # Attention 3: a warm-up is 5 s shorter. The second makes waiting threads of a CPU spin less: beside
-# a busy program a step takes a third less time, on an idle machine 1 % more (bench_threads.py).
+# a busy program a step takes a third less time, on an idle machine 1 % more (bench_threads.py). The
+# third lets the compiler believe what vectors the CPU says it has: trying them out takes 10 s of a
+# first run, 2 s of any other.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 if not IS_WSL:  # in WSL, drivers before R615 fail with expandable segments
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
