@@ -112,7 +112,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 def usable_cores() -> int:
     """Cores that this process may use: os.cpu_count knows no affinity and no container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with suppress(OSError, ValueError):  # no such file where it is not Linux; "max": no quota
+    with suppress(OSError, ValueError):  # no such file, as on macOS; no number but "max": no quota
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores
@@ -156,11 +156,11 @@ PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
 # Left out, as they differ between platforms:
 PYSOURCE_SKIPS = ("__config__.py", "_distributor_init.py", "_distributor_init_local.py")
 
-# Of local text, the documents with the lowest hashes are held out until either limit is reached: a
-# fair sample of every folder and topic. A token is about 4 bytes, and packing keeps about one token
-# in three, as it drops the rest of a document that it cuts: 12 bytes for each scored token.
+# Of local text, the documents with the lowest hashes are held out, a fair sample of every folder
+# and topic, as far as two limits allow. The second: a token is about 4 bytes, and packing keeps
+# about one token in three, as it drops the rest of a document that it cuts.
 HELD_OUT_SHARE = 0.1  # of the bytes of all text
-HELD_OUT_BYTES = 12  # for each of EVAL_TOKENS
+HELD_OUT_BYTES_PER_TOKEN = 12  # of EVAL_TOKENS
 LEAST_ROWS = 16  # of validation text: fewer would measure nothing
 
 
@@ -169,7 +169,7 @@ def own_path() -> Path:
 
 
 def dataset_name() -> str:
-    """For the benchmark id: the last part of a path, so that it says nothing of where text lies."""
+    """For the benchmark id; of a path the last part, so that it does not say where text lies."""
     return re.sub(r"\W+", "-", own_path().stem).strip("-").lower() or "text"
 
 
@@ -191,22 +191,29 @@ def local_files() -> list[Path]:
     return files
 
 
-# Cached: the prepared folder's name is made from it, and must not change during a run.
 @cache
 def listing(dataset: str) -> list[tuple[str, int, float]]:
-    """Names, sizes and times of the files of local text; `dataset` is only the cache's key."""
+    """Names, sizes and times of the files of local text, as they are at the first call.
+
+    The prepared folder's name is made from them, and must not change during a run.
+    """
     return [(f.as_posix(), f.stat().st_size, f.stat().st_mtime) for f in local_files()]
 
 
 def cut_into_documents(file: TextIO) -> Iterator[str]:
-    """Of pysource about a definition each, of other text about a row of tokens each."""
-    # Cut before an unindented line behind a blank one, from `least` characters on, and before any
-    # line that would take the document past `most`. A token is 3 or 4 characters.
-    least, most = 3 * MAX_SEQ_LEN, 4 * MAX_SEQ_LEN
+    """The documents of a text file: of pysource about a definition each, else about a row each.
+
+    One with `least` characters ends where a blank line and an unindented one follow each other;
+    any ends before a line with which it would have more than `most`.
+    """
     if DATASET == "pysource":
-        least, most = 200, 1 << 20
+        least = 200
+        most = 2**20
+    else:  # a token is 3 or 4 characters
+        least = 3 * MAX_SEQ_LEN
+        most = 4 * MAX_SEQ_LEN
     document = ""
-    while line := file.readline(most):
+    while line := file.readline(most):  # of a longer line, a part
         follows_blank_line = document.endswith("\n\n")
         can_end = len(document) >= least and follows_blank_line and not line[0].isspace()
         if can_end or len(document) + len(line) > most:
@@ -252,8 +259,10 @@ def file_texts(path: Path) -> Iterator[str]:
 
 
 def too_little_text(found: int, needed: int, what: str) -> HarnessError:
-    chars_to_validate = LEAST_ROWS * MAX_SEQ_LEN * HELD_OUT_BYTES / HELD_OUT_SHARE
-    chars = max(100 * VOCAB_SIZE, round(chars_to_validate))
+    """The error; it says how much text would do, if a character is a byte."""
+    chars_to_validate = LEAST_ROWS * MAX_SEQ_LEN * HELD_OUT_BYTES_PER_TOKEN / HELD_OUT_SHARE
+    chars_to_learn = 100 * VOCAB_SIZE  # varied text gives a merge in fewer
+    chars = max(chars_to_learn, round(chars_to_validate))
     return HarnessError(
         f'DATASET = "{DATASET}" has too little text: {found} of {needed} {what}; bring '
         f"{chars:,} varied characters, or lower VOCAB_SIZE or MAX_SEQ_LEN in prepare.py"
@@ -282,7 +291,7 @@ def gather_local_text(train: Path, validation: Path) -> None:
         say(f"note: {len(unread):,} files, or parts of them, cannot be read as text: {names}")
     if not bytes_by_hash:
         raise too_little_text(0, 1, "documents")
-    bytes_left = min(HELD_OUT_BYTES * EVAL_TOKENS, HELD_OUT_SHARE * bytes_by_hash.total())
+    bytes_left = min(HELD_OUT_BYTES_PER_TOKEN * EVAL_TOKENS, HELD_OUT_SHARE * bytes_by_hash.total())
     for text_hash in sorted(bytes_by_hash):
         bytes_left -= bytes_by_hash[text_hash]
         if bytes_left < 0:  # always reached, because HELD_OUT_SHARE is below 1
@@ -290,7 +299,7 @@ def gather_local_text(train: Path, validation: Path) -> None:
             break
     held_out = []
     with written_whole(train) as file:
-        for text_hash, text in local_documents(unread):
+        for text_hash, text in local_documents(unread=set()):  # those are named above
             # This second reading takes away what the first one added: checked below.
             bytes_by_hash[text_hash] -= len(text.encode())
             line = json.dumps({"text": text}).encode() + b"\n"
@@ -326,7 +335,8 @@ def receive(url: str, part: Path) -> str | None:
         headers["Authorization"] = f"Bearer {token}"  # dropped by requests at another host
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
         status = answer.status_code
-        if status >= 400 and status != 416:  # 416: the part is complete, its digest is wanted
+        # 416: nothing lies behind `part`, which an earlier call had no time to rename.
+        if status >= 400 and status != 416:
             message = f"{url}: {status} {answer.headers.get('X-Error-Message', answer.reason)}"
             if status in (401, 403, 404, 410):  # trying again is useless
                 raise HarnessError(f"{message} (if it has terms: accept them there, set HF_TOKEN)")
@@ -344,8 +354,8 @@ def receive(url: str, part: Path) -> str | None:
                     file.write(block)
                     bar.update(len(block))
     # The hub's own answers have the SHA-256; the host that they redirect to has another ETag.
-    for hop in answer.history if answer.history else [answer]:
-        tag = hop.headers.get("X-Linked-ETag") or hop.headers.get("ETag") or ""
+    for hub_answer in answer.history or [answer]:
+        tag = hub_answer.headers.get("X-Linked-ETag") or hub_answer.headers.get("ETag") or ""
         if digest := re.search(r"\b[0-9a-f]{64}\b", tag):
             return digest[0]
     return None
@@ -355,7 +365,7 @@ def download_file(url: str, path: Path) -> None:
     """Fetch into `path`.part, with which a next call goes on, and rename it once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    longest = size_of(part)  # it ever was: to fetch again what was deleted is no progress
+    longest_ever = size_of(part)  # to fetch again what was deleted is no progress
     waits_left_s = list(RETRY_WAITS_S)
     while True:
         try:
@@ -367,8 +377,8 @@ def download_file(url: str, path: Path) -> None:
             problem = requests.RequestException(f"{url} gave other bytes than the file's")
         except requests.RequestException as failure:
             problem = failure
-        if size_of(part) > longest:
-            longest = size_of(part)
+        if size_of(part) > longest_ever:
+            longest_ever = size_of(part)
             waits_left_s = list(RETRY_WAITS_S)
         if not waits_left_s:
             raise problem
@@ -411,7 +421,7 @@ SPLIT_PATTERN = (  # GPT-4's, but for numbers: at most 2 digits, for a small voc
 )
 BPE_CHARS = 1_000_000_000  # the most characters of training text that make the vocabulary
 BPE_DOCUMENT_CHARS = 10_000  # the most of one document
-ENCODE_CHARS = 100_000  # tiktoken's regular expression runs out of stack on very long blanks
+ENCODE_CHARS = 100_000  # encoded at once: more blanks exhaust the stack of tiktoken's expressions
 TOKENIZER_FILE = "tokenizer.tiktoken"  # tiktoken's ranks format: text, never pickle
 
 
@@ -424,9 +434,9 @@ def prepared_directory(num_shards: int | None = None) -> Path:
         sources = [metadata.version(package) for package in PYSOURCE_PACKAGES]
     else:
         sources = listing(DATASET)
-    constants = [FORMAT, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS, HELD_OUT_SHARE, HELD_OUT_BYTES]
-    constants += [SPLIT_PATTERN, SPECIAL_TOKENS, BPE_CHARS, BPE_DOCUMENT_CHARS]
-    constants += [ENCODE_CHARS, BUFFER_SIZE]
+    constants = [FORMAT, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS]
+    constants += [HELD_OUT_SHARE, HELD_OUT_BYTES_PER_TOKEN, SPLIT_PATTERN, SPECIAL_TOKENS]
+    constants += [BPE_CHARS, BPE_DOCUMENT_CHARS, ENCODE_CHARS, BUFFER_SIZE]
     digest = hashlib.sha256(json.dumps([constants, sources]).encode()).hexdigest()
     return cache_directory() / f"{dataset_name()}-v{VOCAB_SIZE}-{digest[:8]}"
 
@@ -450,13 +460,13 @@ class Tokenizer:
         return cls({bytes(token): rank for token, rank in bpe.get_mergeable_ranks()})
 
     def to_text(self) -> bytes:
-        """What `from_directory` reads: a line a token."""
+        """A file's content, which `from_directory` reads: a token a line."""
         lines = [f"{base64.b64encode(t).decode()} {rank}\n" for t, rank in self.ranks.items()]
         return "".join(lines).encode()
 
     @classmethod
     def from_directory(cls, tokenizer_dir: str | Path | None = None) -> "Tokenizer":
-        """Load that of `tokenizer_dir`, by default of TOKENIZER_DIR."""
+        """Load the tokenizer of `tokenizer_dir`, by default of TOKENIZER_DIR."""
         file = Path(tokenizer_dir or prepared_directory()) / TOKENIZER_FILE
         if not file.exists():
             raise HarnessError(f"no tokenizer in {file.parent}; run: uv run prepare.py")
@@ -542,7 +552,8 @@ def rests(documents: list[Piece], most: int) -> list[Piece]:
     for start, length in documents:
         text_length = length - 1
         for served in range(step, text_length, step):  # tokens of text in the pieces before
-            pieces.append(Piece(start + served, min(length - served, most)))
+            text_left = text_length - served
+            pieces.append(Piece(start + served, 1 + min(text_left, step)))  # 1: its own BOS
     return pieces
 
 
@@ -556,8 +567,8 @@ def pack_rows(
     training, it goes back into the buffer under the same number of arrival.
     """
     arriving = enumerate(pieces)
-    # (length, -number of arrival, start), sorted: of equal lengths the first arrived stands last.
-    buffer: list[tuple[int, int, int]] = []
+    # Sorted by length; of equal lengths, the piece that arrived first stands last.
+    buffer: list[tuple[int, int, int]] = []  # (length, -number of arrival, start)
     while True:
         row = []
         room = row_tokens
@@ -567,15 +578,16 @@ def pack_rows(
             if not buffer:
                 return  # without the last row, which is not full
             shortest = buffer[0][0]
-            most = room if shortest <= room else shortest  # none fits: one of the shortest is cut
-            place = bisect_left(buffer, (most + 1,)) - 1  # the last entry of at most that length
+            longest = max(room, shortest)  # where none fits, one of the shortest is cut
+            place = bisect_left(buffer, (longest + 1,)) - 1  # the last entry of at most that length
             length, minus_number, start = buffer.pop(place)
             taken = min(length, room)
             row.append(Piece(start, taken))
             room -= taken
             if keep_rest and taken < length:
-                served = taken - 1  # tokens of text, maybe none; the rest gets a BOS of its own
-                insort(buffer, (length - served, minus_number, start + served))
+                text_taken = taken - 1  # the BOS was taken, too; 0 if it alone fitted
+                # As long as what of the text is left, and a new BOS:
+                insort(buffer, (length - text_taken, minus_number, start + text_taken))
         yield row
 
 
@@ -601,6 +613,7 @@ def training_rows(
 ) -> Iterator[np.ndarray]:
     """Rows of one epoch: of the beginnings of all documents, then of what is left of long ones.
 
+    Nothing is lost by this cut, and a short run sees as many documents as it can.
     The pieces of a file are shuffled, by a seed of epoch and file: the same in every run.
     """
     for part_of in (beginnings, rests):
@@ -615,7 +628,7 @@ def training_rows(
 # --- Preparing ----------------------------------------------------------------
 # Four steps, each skipped when its file is whole: documents, vocabulary, tokens, rows.
 
-DOCUMENTS_AT_ONCE = 500  # that a thread encodes
+DOCUMENTS_AT_ONCE = 500  # a thread's share of a round of encoding
 
 
 class Prepared(NamedTuple):
@@ -683,7 +696,7 @@ def learn_vocabulary(data_set: DataSet) -> Tokenizer:
 def encode_all(texts: Iterable[str], encoders: list[Tokenizer]) -> Iterator[np.ndarray]:
     """Step 3: the tokens of documents, in order.
 
-    A round gives each encoder a share and a thread: threads that share an encoder are slower.
+    In a round each encoder has a thread and a share of its own: sharing an encoder is slower.
     """
 
     def encode(encoder: Tokenizer, share: list[str]) -> list[np.ndarray]:
@@ -848,32 +861,31 @@ def make_dataloader(
 
 
 # --- Evaluation ---------------------------------------------------------------
-# A probe is a copy of a row whose inputs and targets are noise from a secret position, the cut, on.
-# Rows and probes are scored together, in a secret order. What a model may not do, and how it shows:
+# A probe is a copy of a row up to a secret position, the cut; behind it stands noise. Rows and
+# probes are scored together, in a secret order. What a model may not do, and how it shows:
 #
 #   look at later tokens           its loss just before a cut is not that of the row
-#   look, but give old answers     behind a cut nothing begins as before: it predicts noise, which
-#   where a row begins as before   nobody can know
+#   look, but repeat old answers   behind a cut every beginning is a new one: what it sees ahead
+#   to beginnings it has seen      there is noise, which nobody else can predict
 #   look at other rows or batches  its loss before a cut is not that of the row
 #   learn from scored rows         its weights or buffers change, or its losses do
 #   give losses of its own         it is asked for logits, and not given the targets
 #   score other rows or tokens     the SHA-256 of rows or tokenizer is not the manifest's
 #
-# A model that looks ahead at 1 % of positions gains about 1 % of the bits. The share of positions,
-# and how many such models are refused:
+# To look ahead at 1 % of positions gains about 1 % of the bits. Measured, by the share of positions
+# at which models look ahead: how many are refused
 #
-#   without CUDA, losses before a cut        1.5 %: half
-#   without CUDA, predictions behind a cut   0.25 %: nine of ten · 0.5 %: all
-#   with CUDA, losses before a cut           0.15 %: half
+#   by losses before a cut         without CUDA at 1.5 % half · with CUDA at 0.15 % half
+#   by predictions behind a cut    without CUDA at 0.25 % nine of ten, at 0.5 % all
 #
 # What no check in one process can see: training on validation rows; another harness in this one's
 # place; work outside the clock; a lucky seed; a model that remembers rows, and looks ahead only if
 # text goes on as expected; one that feigns to be out of memory, and so sees all rows twice.
 
 BATCHES_PER_PROBE_BATCH = 20  # 5 % more evaluation
-# An honest model repeats a loss to the last bit, at the same place in a batch of the same shape: on
-# a CPU, and on CUDA if its kernels add in a fixed order (atomics do not). A leak that stays below
-# the tolerance gains about 0.001 bits a byte at most, less than two seeds differ by.
+# The tolerance is for CUDA kernels that add in no fixed order (atomics). Else an honest model
+# repeats a loss to the last bit, at the same place in a batch of the same shape. A leak that stays
+# below it gains about 0.001 bits a byte at most, less than two seeds differ by.
 LOSS_TOLERANCE_NATS = 0.002
 FORESIGHT_EXPONENT = 20.0  # an honest model is refused at most once in e^20 evaluations
 OTHER_LOSS = (
@@ -896,7 +908,8 @@ def halve_until_it_fits(attempt: Callable, num_rows: int, name: str):
             is_final = isinstance(failure, torch.AcceleratorError | HarnessError)
             if is_final or num_rows == 1 or not is_full:
                 raise
-        num_rows = num_rows // 2 if num_rows % 2 == 0 else 1  # of a step's rows either is a divisor
+        # Half, or 1: either divides what num_rows divides, in training the rows of a step.
+        num_rows = num_rows // 2 if num_rows % 2 == 0 else 1
         say(f"out of memory: going on with {name} = {num_rows}")
         gc.collect()
         if torch.cuda.is_initialized():
@@ -938,7 +951,7 @@ def score(model, V: int, inputs: np.ndarray, targets: np.ndarray, batch_size: in
         model.eval()
         losses = [token_losses(model, V, x, y) for x, y in zip(inputs, targets, strict=True)]
         return torch.cat(losses).cpu().numpy()
-    finally:  # also after a failure: the next attempt's `before` would hide the change
+    finally:  # also when memory was short: the next attempt would take changed weights for its own
         for module, mode in modes:
             module.training = mode
         after = state_of(model)
@@ -961,14 +974,15 @@ def refuse_foresight(losses: np.ndarray, V: int) -> None:
     by_chance = len(losses) / V
     if given <= by_chance:
         return
-    # By Chernoff's bound such a sum is as large with a chance of at most exp(-exponent).
+    # Chernoff's bound: a sum of numbers within 0 … 1 whose mean is m reaches s, above m, with a
+    # chance of at most exp(-(s ln(s/m) - s + m)).
     exponent = given * np.log(given / by_chance) - given + by_chance
     if exponent > FORESIGHT_EXPONENT:
         raise HarnessError("the model foresaw tokens drawn at random: it looks at later tokens")
 
 
 class Probes(NamedTuple):
-    """Copies of P rows: from a secret position on, the cut, inputs and targets are noise."""
+    """Copies of P rows, each up to its cut."""
 
     inputs: np.ndarray  # (P, T)
     targets: np.ndarray  # (P, T)
@@ -978,18 +992,18 @@ class Probes(NamedTuple):
 def make_probes(rows: np.ndarray, V: int, secret: np.random.Generator) -> Probes:
     """Probes of `rows` (P, T + 1).
 
-    Position t reads token t and predicts token t + 1. With ~ for noise and a cut of 3:
+    Position t reads token t and predicts token t + 1. With a cut of 3, and n for noise:
 
-        inputs 0 1 2 ~ ~ · targets 1 2 3 ~ ~
+        inputs 0 1 2 n3 n4 · targets 1 2 3 n4 n5
 
     Position 2 has the row's token 3 as its target, though the next input is noise: a model that
-    looks one token ahead gets another loss there.
+    looks one token ahead gets another loss there. Behind the cut it predicts the noise it sees.
     """
     P = len(rows)
     T = rows.shape[1] - 1
     noise = secret.integers(V, size=rows.shape, dtype=np.uint16)
     cuts_P1 = secret.integers(1, T, size=(P, 1))
-    # One in eight is not cut: cuts below T leave the last position never compared.
+    # One in eight has its cut at T, which is none: else the last position would never be compared.
     cuts_P1[secret.choice(P, math.ceil(P / 8), replace=False)] = T
     is_before_cut = np.arange(T) < cuts_P1
     inputs = np.where(is_before_cut, rows[:, :-1], noise[:, :-1])
@@ -1004,16 +1018,17 @@ def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
     num_batches = math.ceil(N / B)
     # Fill the last batch from the start: row i is then row i % N of those that were given.
     rows = np.resize(rows, (num_batches * B, rows.shape[1]))
-    # Row i and probe i stand at place i % B of a batch. A probe is a copy of the row at that place
-    # of a random batch: only there does a loss repeat to the last bit.
+    # A loss repeats to the last bit only at the same place in a batch. So probe i, which stands at
+    # place i % B of one, is a copy of the row at that place of a random batch.
     P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
     batches_P = secret.integers(num_batches, size=P)
     originals_P = B * batches_P + np.arange(P) % B
     probes = make_probes(rows[originals_P], V, secret)
     inputs = np.concatenate([rows[:, :-1], probes.inputs])
     targets = np.concatenate([rows[:, 1:], probes.targets])
-    # The secret order: rows and probes change batches, and keep their place in a batch.
-    order = secret.permuted(np.arange(len(inputs)).reshape(-1, B), axis=0).ravel()
+    places = np.arange(len(inputs)).reshape(-1, B)  # a batch a line, a place in it a column
+    # Each column is shuffled on its own: rows and probes change batches, and keep their place.
+    order = secret.permuted(places, axis=0).ravel()
     losses = np.empty(targets.shape, np.float32)
     losses[order] = score(model, V, inputs[order], targets[order], B)
 

@@ -29,8 +29,7 @@ IS_WSL = "microsoft" in release().lower()
 # torch reads these when it is imported. The first lets its compiler cache graphs with Flash
 # Attention 3: a warm-up is 5 s shorter. The second makes waiting threads of a CPU spin less: beside
 # a busy program a step takes a third less time, on an idle machine 1 % more (bench_threads.py). The
-# third lets the compiler believe what vectors the CPU says it has: trying them out takes 10 s of a
-# first run, 2 s of any other.
+# third spares a test of the CPU's vector instructions: 10 s of a first run, 2 s of any other.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
@@ -65,12 +64,12 @@ SHORT_WINDOW = scale(1 / 2, 1 / 4)  # of a row
 ROTARY_BASE = 10_000
 LOGIT_SOFT_CAP = 15.0
 VALUE_EMBEDDING_EVERY = scale(2, 1)  # in every n-th layer, counted down from the last
-GATE_CHANNELS = 32  # the first of a layer's input: they decide how much value embedding it adds
+GATE_CHANNELS = 32  # the first channels of a layer's input decide how much value embedding it adds
 MLP_RATIO = 4  # width of an MLP's hidden layer, in widths of the model
 
 EMBEDDING_STD = 1.0
 HEAD_STD = 0.001
-MATRIX_STD = 1.0  # x width^-1/2; of value embeddings, too
+MATRIX_STD = 1.0  # x width^-1/2; value embeddings use it, too
 RESIDUAL_START = 1.0  # r: how much of x a layer keeps
 SKIP_START = 0.1  # s: how much of the normalised embedding it adds
 
@@ -81,7 +80,7 @@ EMBEDDING_LR = scale(0.6, 0.5)  # x (width / 768)^-1/2
 UNEMBEDDING_LR = scale(0.004, 0.01)  # x (width / 768)^-1/2
 MATRIX_LR = scale(0.04, 0.015)
 SCALAR_LR = 0.5
-RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR, for r and for gains or biases that you bring in
+RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR: for r, and for any gain or bias that is added
 ADAM_BETAS = (0.8, 0.95)
 SKIP_BETAS = (0.96, 0.95)  # for s
 ADAM_EPS = 1e-10
@@ -265,7 +264,7 @@ class GPT(nn.Module):
     def compile(self) -> None:
         """On CUDA as one graph, the fastest; else layer by layer, which compiles sooner.
 
-        What cannot be traced whole is an error. A deep copy of the model is not compiled.
+        What cannot be traced whole is an error. A deep copy has to be compiled by itself.
         """
         # The layers share a limit of compiled variants, by default 8. Each combination of window,
         # value embedding or none, and number of rows needs one.
@@ -280,8 +279,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, reduction="mean"):
         cos = self.cos[: idx.size(1)]
         sin = self.sin[: idx.size(1)]
-        # Layers compiled one by one keep gradients on even under no_grad: else each would be
-        # compiled a second time, for the evaluation.
+        # torch compiles anew where gradients are off. For layers compiled one by one, which the
+        # evaluation shares with training, they stay on: that saves a second compilation.
         with torch.set_grad_enabled(self.is_compiled_by_layer or torch.is_grad_enabled()):
             x0 = norm(self.wte(idx).to(self.dtype))
             x = x0.clone()  # if x were x0, the first layer would be compiled apart from the others
@@ -290,13 +289,17 @@ class GPT(nn.Module):
             return self.lm_head(x, targets, reduction)
 
     def tables(self) -> list[nn.Parameter]:
-        """Weights that are only looked up: those of embeddings, but for one that a head shares."""
+        """Weights of embeddings, except those that a Linear multiplies by, as a tied head does."""
         multiplied = {module.weight for module in self.modules() if isinstance(module, nn.Linear)}
         tables = [module.weight for module in self.modules() if isinstance(module, nn.Embedding)]
         return [table for table in tables if table not in multiplied]
 
     def flops_per_token(self) -> int:
-        """FLOPs of all matrix products, forward and backward; attention counts whole windows."""
+        """FLOPs of all matrix products, forward and backward, as if a token saw its whole window.
+
+        A product of two numbers and its sum are 2 FLOPs, and backward costs twice what forward
+        does: 6 a weight, and as attention has two products (q·k, p·v), 12 a channel and key.
+        """
         weights = sum(p.numel() for p in self.parameters() if p.ndim > 1)
         weights -= sum(table.numel() for table in self.tables())
         return 6 * weights + 12 * self.config.n_embd * sum(self.config.windows())
@@ -373,12 +376,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def parameter_groups(model: GPT) -> list[dict]:
-    """The groups, with optimizer and rate; make_optimizers keeps a parameter in its first one."""
+    """The groups, with optimizer and rate; a parameter listed twice belongs to the first group."""
     width_scale = (model.config.n_embd / 768) ** -0.5
     heads = [module.weight for module in model.modules() if isinstance(module, Head)]
     matrices = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
     skips = [block.skip_scale for block in model.blocks]
-    scalars = [p for p in model.parameters() if p.ndim < 2]  # also the skips: these stay in theirs
+    scalars = [p for p in model.parameters() if p.ndim < 2]  # and skips: their group comes first
     return [
         dict(name="head", kind="adamw", params=heads, lr=UNEMBEDDING_LR * width_scale),
         dict(name="tables", kind="adamw", params=model.tables(), lr=EMBEDDING_LR * width_scale),
@@ -559,7 +562,7 @@ class Run:
         micro_batches = TOTAL_BATCH_SIZE // (self.rows * MAX_SEQ_LEN)
         total_loss = torch.zeros((), device=self.platform.device)
         tokens = 0
-        self.end_part("rest")  # the time since the last step; the first mark only opens the list
+        self.end_part("rest")  # what passed between two steps; the run's first mark opens the list
         for _ in range(micro_batches):
             inputs, targets, epoch = next(self.batches)
             self.end_part("data")
@@ -582,14 +585,15 @@ class Run:
         return Step(progress, loss_on_host, tokens, epoch, end)
 
     def try_training(self, rows: int) -> None:
-        """Compile what training needs, also what a schedule or a measurement brings in later."""
+        """Take trial steps, early, midway and late, so that training finds all compiled."""
         self.rows = rows
         self.start_afresh()
         for number, progress in enumerate(TRIAL_PROGRESS):
             started_s = time.perf_counter()
             step = self.take_step(progress, number)
-            self.step_s = step.wait() - started_s  # in the end the last one's, when all is compiled
+            elapsed_s = step.wait() - started_s
             check_finite(step.loss.item(), f"trial step {number}")
+        self.step_s = elapsed_s  # of the last trial step, when all was compiled
 
     def try_evaluation(self, rows: int) -> None:
         """Compile what the evaluation needs; a model that it would refuse is refused now."""
@@ -659,7 +663,7 @@ def train(run: Run) -> Trained:
     for number in count():
         begins_s = time.perf_counter() - trained.started_s
         if running is not None and run.platform.is_cuda:
-            # The step before `running` has just ended: that begins now, and this one after it.
+            # `running` is only starting now, and the next step starts when it ends.
             begins_s += trained.usual_s
         if begins_s >= TIME_BUDGET:
             break
@@ -889,7 +893,7 @@ def refuse_unusable_gpu() -> None:
 def set_up_cpu() -> None:
     """Use no more threads than usable cores; make glibc keep freed memory for the next step."""
     torch.set_num_threads(min(torch.get_num_threads(), prepare.usable_cores()))
-    with suppress(OSError, AttributeError, TypeError):  # no glibc (the last: Windows)
+    with suppress(OSError, AttributeError, TypeError):  # there is no glibc
         # Mapping a step's memory anew takes 8 % of a step.
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most that older glibc accepts
@@ -922,7 +926,7 @@ def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
         loss, is_compiled = torch.compile(forward)(x)
         loss.backward()
     except (torch.AcceleratorError, torch.OutOfMemoryError):
-        raise  # of the GPU, not of the compiler
+        raise  # the GPU failed, not the compiler
     except Exception as failure:  # the C++ compiler or Triton failed, or is missing
         why = str(failure).strip().partition("\n")[0][:120]
         say(f"not compiled, so slower ({type(failure).__name__}: {why}); is g++ or clang there?")
@@ -1013,7 +1017,7 @@ def peak_memory_mb(platform: Platform) -> float:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else KiB
 
 
 def summarize(run: Run, trained: Trained, val_bpb: float, total_s: float) -> None:
