@@ -396,25 +396,23 @@ def groups_of(optimizers: list[torch.optim.Optimizer]) -> list[dict]:
 
 
 def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
-    """One for each kind of group. Raises HarnessError for a parameter that is in none."""
-    groups = parameter_groups(model)
+    """One for each group that has parameters. Raises HarnessError for a parameter in no group."""
+    adamw = dict(betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=ADAM_WEIGHT_DECAY, fused=True)
+    optimizers = []
     grouped = set()
-    for group in groups:
+    for group in parameter_groups(model):
         group["params"] = [p for p in dict.fromkeys(group["params"]) if p not in grouped]
         grouped.update(group["params"])
+        if not group["params"]:
+            continue
+        if group["kind"] == "adamw":
+            optimizers.append(torch.optim.AdamW([group], **adamw))
+        else:
+            assert group["kind"] == "muon", group["kind"]
+            optimizers.append(Muon([group], model.dtype))
     for name, p in model.named_parameters():
         if p not in grouped:
             raise HarnessError(f"{name} {tuple(p.shape)} is in no group of parameter_groups")
-    by_kind = {"adamw": [], "muon": []}
-    for group in groups:
-        if group["params"]:
-            by_kind[group["kind"]].append(group)
-    optimizers = []
-    if by_kind["adamw"]:
-        defaults = dict(lr=0.0, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=ADAM_WEIGHT_DECAY)
-        optimizers.append(torch.optim.AdamW(by_kind["adamw"], **defaults, fused=True))
-    if by_kind["muon"]:
-        optimizers.append(Muon(by_kind["muon"], model.dtype))
     for group in groups_of(optimizers):
         group["initial_lr"] = group["lr"]
         group["initial_weight_decay"] = group["weight_decay"]
@@ -469,23 +467,20 @@ def check_finite(loss: float, step: str) -> None:
         raise HarnessError(f"loss {loss:.4g} at {step}")
 
 
-def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, tuple]:
     """Take the optimizers' step; gives two figures of each group, by its name.
 
     The norm of its gradients, and norm(update) / norm(weights).
     """
-    groups = groups_of(optimizers)
-    weights_before = [[p.detach().clone() for p in group["params"]] for group in groups]
-    for optimizer in optimizers:
-        optimizer.step()
     figures = {}
-    for group, before in zip(groups, weights_before, strict=True):
+    for optimizer in optimizers:
+        (group,) = optimizer.param_groups
+        before = [p.detach().clone() for p in group["params"]]
+        optimizer.step()
         gradients = [p.grad for p in group["params"] if p.grad is not None]
         changes = torch._foreach_sub([p.detach() for p in group["params"]], before)
         relative_update = get_total_norm(changes) / get_total_norm(before)
-        # The norm of no gradients is a zero on the CPU, and stack wants one device.
-        gradient_norm = get_total_norm(gradients).to(relative_update)
-        figures[group["name"]] = torch.stack([gradient_norm, relative_update])
+        figures[group["name"]] = (get_total_norm(gradients), relative_update)
     return figures
 
 
@@ -994,7 +989,7 @@ def describe(run: Run) -> None:
 def diagnose(run: Run) -> None:
     """Say how each group moved, stage by stage, and where the time went."""
     for group in groups_of(run.optimizers):
-        pairs = [stage[group["name"]].tolist() for stage in run.figures]
+        pairs = [stage[group["name"]] for stage in run.figures]
         gradients = " ".join(f"{gradient:.2g}" for gradient, _ in pairs)
         updates = " ".join(f"{update:.1e}" for _, update in pairs)
         say(f"group {group['name']}: gradient norm {gradients} · update / weights {updates}")

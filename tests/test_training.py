@@ -269,7 +269,8 @@ def test_warm_up_leaves_no_trace(make_run, monkeypatch):
         inputs, targets, _ = next(run.batches)
         left = {"inputs": inputs, "targets": targets, "random": torch.get_rng_state()}
         left.update((f"loss {n}", loss) for n, loss in enumerate(losses))
-        for n, state in enumerate(run.optimizers[1].state.values()):
+        (muon,) = [o for o in run.optimizers if isinstance(o, train.Muon)]
+        for n, state in enumerate(muon.state.values()):
             left.update({f"average {n}": state["average"], f"squares {n}": state["squares"]})
         results.append((fresh, weights_of(run), left))
     for without, with_warm_up in zip(*results, strict=True):
