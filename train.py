@@ -544,7 +544,7 @@ class Run:
 
     def end_part(self, part: str) -> float | torch.cuda.Event:
         """Mark that a part of a step ends here. Waits for nothing."""
-        if self.platform.is_cuda:
+        if self.platform.device.type == "cuda":
             when = torch.cuda.Event(enable_timing=True)
             when.record()
         else:
@@ -575,7 +575,7 @@ class Run:
                 optimizer.step()
         self.model.zero_grad(set_to_none=True)
         # torch pins this copy's memory, so that nothing waits here.
-        loss_on_host = total_loss.to("cpu", non_blocking=self.platform.is_cuda)
+        loss_on_host = total_loss.to("cpu", non_blocking=self.platform.device.type == "cuda")
         end = self.end_part("optimizer")  # behind the copy: when this has passed, the loss is there
         return Step(progress, loss_on_host, tokens, epoch, end)
 
@@ -604,7 +604,7 @@ def warm_up(run: Run) -> None:
     prepare.halve_until_it_fits(run.try_training, run.rows, "DEVICE_BATCH_SIZE")
     prepare.halve_until_it_fits(run.try_evaluation, run.eval_rows, "EVAL_BATCH_SIZE")
     run.start_afresh()
-    if run.platform.is_cuda:
+    if run.platform.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # what did not fit is not the run's peak
 
 
@@ -657,7 +657,7 @@ def train(run: Run) -> Trained:
     running = None  # a step that is launched and not yet added
     for number in count():
         begins_s = time.perf_counter() - trained.started_s
-        if running is not None and run.platform.is_cuda:
+        if running is not None and run.platform.device.type == "cuda":
             # `running` is only starting now, and the next step starts when it ends.
             begins_s += trained.usual_s
         if begins_s >= TIME_BUDGET:
@@ -839,27 +839,13 @@ def check_attention(platform: "Platform", config: GPTConfig) -> None:
 
 # --- Platform ------------------------------------------------------------------
 
-# Dense bf16 products in TFLOP/s, by the datasheets; of another device nothing is known.
-PEAK_TFLOPS = {
-    "NVIDIA A100-PCIE-40GB": 312,
-    "NVIDIA A100-SXM4-40GB": 312,
-    "NVIDIA A100 80GB PCIe": 312,
-    "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA H100 PCIe": 756,
-    "NVIDIA H100 80GB HBM3": 989.5,
-    "NVIDIA H200": 989.5,
-    "NVIDIA B200": 2250,
-}
-
 
 class Platform(NamedTuple):
     """What this machine runs on; found out before there is a model."""
 
-    device: torch.device
-    is_cuda: bool  # or ROCm, which answers to that name
+    device: torch.device  # ROCm answers to the name of CUDA
     name: str
     dtype: torch.dtype  # of products
-    peak_flops: float  # a second; 0 if unknown
     compiles: bool
     attention: str
 
@@ -956,18 +942,22 @@ def find_platform() -> Platform:
     compiles = can_compile(device, dtype)
     attention = choose_attention(device, dtype)
     say(f"device: {name}; products in {dtype}, the faster type here; attention by {attention}")
-    return Platform(
-        device=device,
-        is_cuda=device.type == "cuda",
-        name=name,
-        dtype=dtype,
-        peak_flops=1e12 * PEAK_TFLOPS.get(name, 0),
-        compiles=compiles,
-        attention=attention,
-    )
+    return Platform(device=device, name=name, dtype=dtype, compiles=compiles, attention=attention)
 
 
 # --- Summary -------------------------------------------------------------------
+
+# Dense bf16 products in TFLOP/s, by the datasheets; of another device nothing is known.
+PEAK_TFLOPS = {
+    "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 80GB HBM3": 989.5,
+    "NVIDIA H200": 989.5,
+    "NVIDIA B200": 2250,
+}
 
 
 def describe(run: Run) -> None:
@@ -995,7 +985,7 @@ def diagnose(run: Run) -> None:
         say(f"group {group['name']}: gradient norm {gradients} · update / weights {updates}")
     spent = {"forward and backward": 0.0, "optimizer": 0.0, "data": 0.0, "rest": 0.0}
     for (_, began), (part, ended) in pairwise(run.marks):
-        if run.platform.is_cuda:
+        if run.platform.device.type == "cuda":
             spent[part] += began.elapsed_time(ended) / 1000
         else:
             spent[part] += ended - began
@@ -1005,7 +995,7 @@ def diagnose(run: Run) -> None:
 
 def peak_memory_mb(platform: Platform) -> float:
     """Peak memory in MiB: with CUDA what torch allocated, else what the process had resident."""
-    if platform.is_cuda:
+    if platform.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     if sys.platform == "win32":
         return 0.0
@@ -1020,7 +1010,7 @@ def summarize(run: Run, trained: Trained, val_bpb: float, total_s: float) -> Non
     platform = run.platform
     tokens_per_s = trained.tokens / trained.ended_s
     flops = run.model.flops_per_token() * tokens_per_s
-    mfu_percent = 100 * flops / platform.peak_flops if platform.peak_flops > 0 else 0.0
+    peak_flops = 1e12 * PEAK_TFLOPS.get(platform.name, math.inf)  # unknown: 0 % is shown
     median_s = statistics.median(trained.steps_s)
     slow_steps_s = [step_s for step_s in trained.steps_s if step_s > 2 * median_s]
     print(f"""---
@@ -1028,7 +1018,7 @@ val_bpb:          {val_bpb:.6f}
 training_seconds: {trained.ended_s:.1f}
 total_seconds:    {total_s:.1f}
 peak_vram_mb:     {peak_memory_mb(platform):.1f}
-mfu_percent:      {mfu_percent:.2f}
+mfu_percent:      {100 * flops / peak_flops:.2f}
 total_tokens_M:   {trained.tokens / 1e6:.1f}
 num_steps:        {len(trained.steps_s)}
 num_params_M:     {sum(p.numel() for p in run.model.parameters()) / 1e6:.1f}

@@ -237,9 +237,8 @@ class Trial:
         for constant, value in constants.items():
             setattr(module, constant, value)
         attention = module.ATTENTION or "written_out"
-        self.platform = module.Platform(
-            *(torch.device("cpu"), False, "test", torch.float32, 0.0, compiles, attention)
-        )
+        cpu = torch.device("cpu")
+        self.platform = module.Platform(cpu, "test", torch.float32, compiles, attention)
         run = self.run = module.Run(self.platform)
         module.warm_up(run)
         self.before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
