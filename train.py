@@ -654,17 +654,16 @@ def train(run: Run) -> Trained:
     Each is launched before the one before it is waited for, so that a GPU always has work.
     """
     trained = Trained(run.step_s)
-    running = None  # a step that is launched and not yet added
-    for number in count():
+    running = run.take_step(0.0, 0)  # a step that is launched and not yet added
+    for number in count(1):
         begins_s = time.perf_counter() - trained.started_s
-        if running is not None and run.platform.device.type == "cuda":
+        if run.platform.device.type == "cuda":
             # `running` is only starting now, and the next step starts when it ends.
             begins_s += trained.usual_s
         if begins_s >= TIME_BUDGET:
             break
         step = run.take_step(begins_s / TIME_BUDGET, number)
-        if running is not None:
-            trained.add(running)
+        trained.add(running)
         running = step
     trained.add(running)
     trained.bar.close()
