@@ -121,8 +121,7 @@ class GPTConfig:
 
     def windows(self) -> list[int]:
         """For each layer, how many tokens before itself a token sees."""
-        short = max(1, int(self.sequence_len * self.short_window))
-        sizes = {"S": short, "L": self.sequence_len}
+        sizes = {"S": int(self.sequence_len * self.short_window), "L": self.sequence_len}
         pattern = self.window_pattern
         windows = [sizes[pattern[layer % len(pattern)]] for layer in range(self.n_layer)]
         windows[-1] = self.sequence_len

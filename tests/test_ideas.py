@@ -188,9 +188,9 @@ def torch_varlen(q, k, v, window, is_start=None):
         dict(name="scalars",
 """,
     "another window letter": """
-        sizes = {"S": short,
+        sizes = {"S":
 -->
-        sizes = {"M": self.sequence_len // 2, "S": short,
+        sizes = {"M": self.sequence_len // 2, "S":
 ===
 WINDOW_PATTERN = "SSSL"
 -->
