@@ -920,8 +920,7 @@ def find_platform() -> Platform:
     if torch.cuda.is_available():
         device = torch.device("cuda")
         name = torch.cuda.get_device_name()
-        is_rocm = torch.version.hip is not None  # all its chips have bf16
-        has_fast_bf16 = is_rocm or torch.cuda.get_device_capability() >= (8, 0)
+        has_fast_bf16 = torch.cuda.get_device_capability() >= (8, 0)  # as are all of ROCm's chips
         torch.set_float32_matmul_precision("high")  # TF32
         if IS_WSL:  # there, more than the GPU's free memory would silently come from the host
             free_bytes, total_bytes = torch.cuda.mem_get_info()
