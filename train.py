@@ -752,10 +752,9 @@ def load_flash_attn_3() -> bool:
         folder = ""  # an empty note means that none came: later runs do not ask again
         try:
             variant = kernels.install_kernel("kernels-community/flash-attn3", version=1)
+            folder = str(variant.parents[1])  # of FOLDER/build/VARIANT; get_local_kernel takes it
         except Exception as failure:  # of the network, or there is no build for these versions
             say(f"{type(failure).__name__}: {failure}"[:300])
-        else:  # `variant` is FOLDER/build/VARIANT; get_local_kernel, below, takes FOLDER
-            folder = str(variant.parents[1])
         with prepare.written_whole(note) as file:
             file.write(folder.encode())
     folder = note.read_text()
