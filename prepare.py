@@ -173,31 +173,28 @@ def dataset_name() -> str:
     return re.sub(r"\W+", "-", own_path().stem).strip("-").lower() or "text"
 
 
-def local_files() -> list[Path]:
-    """The files of local text, in the same order on every platform."""
-    if DATASET == "pysource":  # packages that the lock file pins
-        folders = [Path(util.find_spec(name).origin).parent for name in PYSOURCE_PACKAGES]
-        paths = [path for folder in folders for path in folder.rglob("*.py")]
-        return sorted((p for p in paths if p.name not in PYSOURCE_SKIPS), key=Path.as_posix)
-    root = own_path()
-    files = []
-    for path in sorted([root, *root.rglob("*")], key=Path.as_posix):  # root may be a file itself
-        is_hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if path.is_file() and not is_hidden and cache_directory() not in path.parents:
-            files.append(path)
-    if not files:
-        names = ", ".join([*HUB, "pysource"])
-        raise HarnessError(f'DATASET = "{DATASET}" in prepare.py: not {names}, no file in {root}')
-    return files
-
-
 @cache
-def listing(dataset: str) -> list[tuple[str, int, float]]:
+def local_files(dataset: str) -> list[tuple[str, int, float]]:
     """Names, sizes and times of the files of local text, as they are at the first call.
 
     The prepared folder's name is made from them, and must not change during a run.
     """
-    return [(f.as_posix(), f.stat().st_size, f.stat().st_mtime) for f in local_files()]
+    files = []
+    if dataset == "pysource":
+        for name in PYSOURCE_PACKAGES:  # which the lock file pins
+            package = Path(util.find_spec(name).origin).parent
+            files += [path for path in package.rglob("*.py") if path.name not in PYSOURCE_SKIPS]
+    else:
+        root = own_path()
+        for path in [root, *root.rglob("*")]:  # root may be a file itself
+            is_hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+            if path.is_file() and not is_hidden and cache_directory() not in path.parents:
+                files.append(path)
+        if not files:
+            names = ", ".join([*HUB, "pysource"])
+            raise HarnessError(f"{DATASET = } in prepare.py: not {names}, no file in {root}")
+    files.sort(key=Path.as_posix)  # by the same characters on every platform
+    return [(f.as_posix(), f.stat().st_size, f.stat().st_mtime) for f in files]
 
 
 def cut_into_documents(file: TextIO) -> Iterator[str]:
@@ -271,7 +268,7 @@ def too_little_text(found: int, needed: int, what: str) -> HarnessError:
 
 def local_documents(unread: set[Path]) -> Iterator[tuple[int, str]]:
     """(hash, text) of each document of local text; adds files that are not all text to `unread`."""
-    for name, _, _ in progress_bar(listing(DATASET), desc="reading", unit=" files"):
+    for name, _, _ in progress_bar(local_files(DATASET), desc="reading", unit=" files"):
         try:
             for text in filter(str.strip, file_texts(Path(name))):
                 digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -433,7 +430,7 @@ def prepared_directory(num_shards: int | None = None) -> Path:
     elif DATASET == "pysource":
         sources = [metadata.version(package) for package in PYSOURCE_PACKAGES]
     else:
-        sources = listing(DATASET)
+        sources = local_files(DATASET)
     constants = [FORMAT, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS]
     constants += [HELD_OUT_SHARE, HELD_OUT_BYTES_PER_TOKEN, SPLIT_PATTERN, SPECIAL_TOKENS]
     constants += [BPE_CHARS, BPE_DOCUMENT_CHARS, ENCODE_CHARS, BUFFER_SIZE]

@@ -52,7 +52,7 @@ def some_text(seed: int, sentences: int) -> str:
 def _alone(tmp_path, monkeypatch):
     """Nothing that a test does reaches the home directory or the network."""
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
-    prepare.listing.cache_clear()
+    prepare.local_files.cache_clear()
     for name in ("HF_ENDPOINT", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     connect = socket.socket.connect

@@ -49,7 +49,7 @@ def prepare_afresh(monkeypatch, cache: Path, *arguments) -> prepare.Prepared:
 def run_command(monkeypatch, *arguments: str) -> str | None:
     """What `uv run prepare.py` ends with, if it ends early, on one line: a string, and status 1."""
     monkeypatch.setattr(sys, "argv", ["prepare.py", *arguments])
-    prepare.listing.cache_clear()  # as a new process
+    prepare.local_files.cache_clear()  # as a new process
     try:
         prepare.main()
     except SystemExit as ended:
@@ -105,13 +105,13 @@ def test_changed_text_is_another_benchmark_and_what_was_prepared_before_stays(sm
     assert prepare.open_prepared() == small  # a night goes on with what is left
     (own_text / "new.md").write_text(some_text(1000, 300), encoding="utf-8")
     assert prepare.open_prepared() == small  # and so does a run
-    prepare.listing.cache_clear()  # another process
+    prepare.local_files.cache_clear()  # another process
     more = prepare.open_prepared()
     assert prepare.benchmark_id(more) != known and more.folder != small.folder
     changed = (own_text / "1.txt").read_text().swapcase()  # as long as before
     (own_text / "1.txt").write_text(changed)
     os.utime(own_text / "1.txt", (1, 1))
-    prepare.listing.cache_clear()
+    prepare.local_files.cache_clear()
     assert changed in documents_of(prepare.open_prepared())
     after = files_in(small.folder)
     assert after == {name: file for name, file in before.items() if name in after}
@@ -481,14 +481,15 @@ def test_files_are_read_in_the_same_order_on_every_platform(own_text):
     for name in ("a/x.txt", "a-b/x.txt", "a.txt", "A/x.txt", "a/b/x.txt"):
         (own_text / name).parent.mkdir(parents=True, exist_ok=True)
         (own_text / name).write_text("text")
-    names = [file.relative_to(own_text).as_posix() for file in prepare.local_files()]
+    files = prepare.local_files(prepare.DATASET)
+    names = [Path(name).relative_to(own_text).as_posix() for name, _, _ in files]
     # By the characters of the path with slashes: "-" and "." stand before "/".
     assert names[-5:] == ["A/x.txt", "a-b/x.txt", "a.txt", "a/b/x.txt", "a/x.txt"]
 
 
 def test_documents_come_from_every_kind_of_file_and_what_is_odd_is_named(own_text, capsys):
     usual = set(documents_of(prepare.prepare()))
-    prepare.listing.cache_clear()  # as a new process
+    prepare.local_files.cache_clear()  # as a new process
     (own_text / "deep" / "er").mkdir(parents=True)
     lines = [json.dumps({"text": f"{n} {some_text(n, 9)}"}) for n in range(200)]
     odd = pyarrow.array([b"caf\xe9 in parquet"], pyarrow.binary()).view(pyarrow.string())
