@@ -164,13 +164,9 @@ HELD_OUT_BYTES_PER_TOKEN = 12  # of EVAL_TOKENS
 LEAST_ROWS = 16  # of validation text: fewer would measure nothing
 
 
-def own_path() -> Path:
-    return (Path(__file__).parent / Path(DATASET).expanduser()).resolve()
-
-
 def dataset_name() -> str:
     """For the benchmark id; of a path the last part, so that it does not say where text lies."""
-    return re.sub(r"\W+", "-", own_path().stem).strip("-").lower() or "text"
+    return re.sub(r"\W+", "-", Path(DATASET).stem).strip("-").lower() or "text"
 
 
 @cache
@@ -185,7 +181,7 @@ def local_files(dataset: str) -> list[tuple[str, int, float]]:
             package = Path(util.find_spec(name).origin).parent
             files += [path for path in package.rglob("*.py") if path.name not in PYSOURCE_SKIPS]
     else:
-        root = own_path()
+        root = (Path(__file__).parent / Path(dataset).expanduser()).resolve()
         for path in [root, *root.rglob("*")]:  # root may be a file itself
             is_hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
             if path.is_file() and not is_hidden and cache_directory() not in path.parents:
