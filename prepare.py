@@ -84,7 +84,7 @@ def __getattr__(name: str) -> str:
     if name == "DATA_DIR":
         return str(cache_directory() / "data")
     if name == "TOKENIZER_DIR":
-        return str(prepared_directory())
+        return str(prepared_directory(NUM_SHARDS))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -418,10 +418,9 @@ ENCODE_CHARS = 100_000  # encoded at once: more blanks exhaust the stack of tikt
 TOKENIZER_FILE = "tokenizer.tiktoken"  # tiktoken's ranks format: text, never pickle
 
 
-def prepared_directory(num_shards: int | None = None) -> Path:
+def prepared_directory(num_shards: int) -> Path:
     """The folder of tokenizer, tokens and rows; its name holds a hash of what they depend on."""
     if DATASET in HUB:
-        num_shards = NUM_SHARDS if num_shards is None else num_shards
         sources = [HUB[DATASET].repository, num_shards]
     elif DATASET == "pysource":
         sources = [metadata.version(package) for package in PYSOURCE_PACKAGES]
@@ -460,7 +459,7 @@ class Tokenizer:
     @classmethod
     def from_directory(cls, tokenizer_dir: str | Path | None = None) -> "Tokenizer":
         """Load the tokenizer of `tokenizer_dir`, by default of TOKENIZER_DIR."""
-        file = Path(tokenizer_dir or prepared_directory()) / TOKENIZER_FILE
+        file = Path(tokenizer_dir or prepared_directory(NUM_SHARDS)) / TOKENIZER_FILE
         if not file.exists():
             raise HarnessError(f"no tokenizer in {file.parent}; run: uv run prepare.py")
         lines = [line.split() for line in file.read_bytes().splitlines()]
@@ -756,8 +755,8 @@ def make(folder: Path, num_shards: int, workers: int) -> Prepared:
     return Prepared(folder, **content)
 
 
-def prepare(num_shards: int | None = None, workers: int = 8) -> Prepared:
-    """Make what is missing for the present constants, of NUM_SHARDS files if no number is given."""
+def open_prepared(num_shards: int | None = None, workers: int = 8) -> Prepared:
+    """What is prepared for the present constants, made first if it is missing or torn."""
     num_shards = NUM_SHARDS if num_shards is None else num_shards
     if num_shards != -1 and num_shards < 1:
         raise HarnessError(f"NUM_SHARDS = {num_shards} must be at least 1, or -1 for all files")
@@ -766,27 +765,18 @@ def prepare(num_shards: int | None = None, workers: int = 8) -> Prepared:
             f"prepare.py: {VOCAB_SIZE = } must be within 260 … 65536 and "
             f"{MAX_SEQ_LEN = } within 2 … {EVAL_TOKENS = } / {LEAST_ROWS}"
         )
-    started_s = time.perf_counter()
     try:
         folder = prepared_directory(num_shards)
-        say(f"preparing {DATASET} in {folder} (waits while another process prepares data)")
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache_directory() / "lock"):  # the system frees it when a process dies
-            prepared = make(folder, num_shards, workers)
+        prepared = read_manifest(folder)
+        if prepared is None:
+            say(f"preparing {DATASET} in {folder} (waits while another process prepares data)")
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache_directory() / "lock"):  # the system frees it when a process dies
+                prepared = make(folder, num_shards, workers)
+        return prepared
     except OSError as failure:
         remedy = "free some space or set AUTORESEARCH_CACHE to a folder that you may use"
         raise HarnessError(f"{failure}; {remedy}") from failure
-    say(f"prepared {DATASET} in {time.perf_counter() - started_s:.0f} s")
-    return prepared
-
-
-def open_prepared() -> Prepared:
-    """What is prepared for the present constants; if missing or torn, it is prepared first."""
-    prepared = read_manifest(prepared_directory())
-    if prepared is None:
-        say(f"{DATASET} is not prepared yet, or no longer whole; doing it now")
-        prepared = prepare()
-    return prepared
 
 
 def benchmark_id(prepared: Prepared) -> str:
@@ -1102,7 +1092,7 @@ def main() -> None:
     if arguments.download_workers < 1:
         parser.error("--download-workers must be at least 1")
     try:
-        prepared = prepare(arguments.num_shards, arguments.download_workers)
+        prepared = open_prepared(arguments.num_shards, arguments.download_workers)
     except HarnessError as failure:
         sys.exit(f"error: {failure}")
     num_tokens = sum(prepared.sizes[name] for name in prepared.train) // 2  # of two bytes each

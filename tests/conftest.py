@@ -90,7 +90,7 @@ def own_text(tmp_path, monkeypatch):
 @pytest.fixture
 def small(own_text):
     """The same text prepared."""
-    return prepare.prepare()
+    return prepare.open_prepared()
 
 
 def pytest_collection_modifyitems(items):

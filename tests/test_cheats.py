@@ -434,5 +434,5 @@ def test_altered_file_is_refused_and_with_its_hash_is_another_benchmark(which, s
     folder, command = str(refusal.value).split("remove ")[1].split(", run: ")
     assert command == "uv run prepare.py"
     shutil.rmtree(folder)
-    prepare.prepare()
+    prepare.open_prepared()
     assert score(Uniform()) == expected

@@ -228,10 +228,10 @@ def test_full_disk_ends_at_once_and_keeps_what_it_has(climbmix, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "open", lambda *a: SmallDisk(*a), raising=False)
         with fails("No space left.*free some space"):
-            prepare.prepare()
+            prepare.open_prepared()
     assert len(climbmix.content.asked) == 1
     assert VALIDATION not in contents(Path(prepare.DATA_DIR))
-    prepare.prepare()
+    prepare.open_prepared()
     assert contents(Path(prepare.DATA_DIR)) == FILES
     assert first_bytes(climbmix.content.asked)[1] > 100_000
 
@@ -241,11 +241,11 @@ def test_shards_that_the_reference_has_left_are_used_and_not_fetched_again(climb
     directory.mkdir(parents=True)
     for name in (VALIDATION, TRAIN[1]):
         (directory / name).write_bytes(FILES[name])
-    prepare.prepare()
+    prepare.open_prepared()
     assert {request.name for request in climbmix.endpoint.asked} == {TRAIN[0]}
     assert contents(directory) == FILES
     climbmix.endpoint.asked.clear()
-    prepare.prepare(num_shards=1)
+    prepare.open_prepared(num_shards=1)
     assert climbmix.endpoint.asked == []
 
 

@@ -108,7 +108,7 @@ def test_bpb_equals_a_slow_float64_evaluation_to_the_byte(own_text, monkeypatch)
     own_text.mkdir()
     lines = [json.dumps({"text": text}) for text in texts]  # each a document, however long it is
     (own_text / "texts.jsonl").write_text("\n".join(lines))
-    prepared = prepare.prepare()
+    prepared = prepare.open_prepared()
     lines = (prepared.folder / "tokenizer.tiktoken").read_text().splitlines()
     numbers = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines}
     rows = validation_by_hand(texts, numbers)

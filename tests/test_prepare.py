@@ -43,7 +43,7 @@ def prepare_afresh(monkeypatch, cache: Path, *arguments) -> prepare.Prepared:
     """Prepare for the same constants in an empty cache."""
     with monkeypatch.context() as patch:
         patch.setenv("AUTORESEARCH_CACHE", str(cache))
-        return prepare.prepare(*arguments)
+        return prepare.open_prepared(*arguments)
 
 
 def run_command(monkeypatch, *arguments: str) -> str | None:
@@ -86,7 +86,7 @@ def documents_of(prepared: prepare.Prepared, *names: str) -> list[str]:
     ],
 )
 def test_a_changed_constant_mixes_nothing(own_text, tmp_path, monkeypatch, name, value, new_id):
-    small = prepare.prepare()
+    small = prepare.open_prepared()
     before = files_in(small.folder)
     with monkeypatch.context() as patch:
         patch.setattr(prepare, name, value)
@@ -96,7 +96,7 @@ def test_a_changed_constant_mixes_nothing(own_text, tmp_path, monkeypatch, name,
         assert contents_in(changed.folder) == contents_in(fresh.folder)
         assert changed == fresh._replace(folder=changed.folder) != small
         assert (prepare.benchmark_id(changed) != prepare.benchmark_id(small)) == new_id
-    assert prepare.prepare() == small and files_in(small.folder) == before
+    assert prepare.open_prepared() == small and files_in(small.folder) == before
 
 
 def test_changed_text_is_another_benchmark_and_what_was_prepared_before_stays(small, own_text):
@@ -162,11 +162,11 @@ def test_more_shards_are_another_benchmark_and_leave_a_night_alone(
     before = files_in(one.folder)
     run_command(monkeypatch, "--num-shards", "2")  # as somebody does in another worktree
     assert "NUM_SHARDS = 2 in prepare.py" in capsys.readouterr().out
-    assert prepare.open_prepared() == prepare.prepare() == one and files_in(one.folder) == before
+    assert prepare.open_prepared() == one and files_in(one.folder) == before
     assert one.train == ["train_shard_00000.bin"]
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "NUM_SHARDS", 2)
-        patch.setattr(prepare, "prepare", lambda: pytest.fail("was prepared ahead"))
+        patch.setattr(prepare, "make", lambda *_: pytest.fail("was prepared ahead"))
         two = prepare.open_prepared()
         assert two.train == ["train_shard_00000.bin", "train_shard_00001.bin"]
         assert prepare.benchmark_id(two) != prepare.benchmark_id(one)
@@ -182,7 +182,7 @@ def test_more_shards_are_another_benchmark_and_leave_a_night_alone(
 
 
 def test_files_of_the_hub_keep_their_order_and_rows_of_them_can_be_chosen(climbmix, tmp_path):
-    prepared = prepare.prepare()
+    prepared = prepare.open_prepared()
     assert documents_of(prepared, "val.bin") == [some_text(6_542_000 + n, 9) for n in range(130)]
     texts = [f"text {n}" for n in range(5000)]
     write_parquet(tmp_path / "table.parquet", text=texts)
@@ -199,17 +199,17 @@ def test_what_is_gone_or_cut_short_is_made_anew_with_a_line(small, own_text, cap
             damage(small.folder / name)
             (small.folder / "unfinished-12345").mkdir()  # of a killed process
             assert prepare.open_prepared() == small
-            assert "or no longer whole; doing it now" in capsys.readouterr().out
+            assert f"preparing {own_text} in " in capsys.readouterr().out
             assert contents_in(small.folder) == before
             assert not list(small.folder.glob("unfinished-*"))
 
 
 def test_a_file_cut_short_is_not_used_under_other_constants(climbmix, tmp_path, monkeypatch):
-    one = prepare.prepare()
+    one = prepare.open_prepared()
     os.truncate(one.folder / one.train[0], 1000)
     monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 48)  # of a hub's data set: in the same folder
     fresh = prepare_afresh(monkeypatch, tmp_path / "fresh")
-    assert prepare.prepare()._replace(folder=fresh.folder) == fresh
+    assert prepare.open_prepared()._replace(folder=fresh.folder) == fresh
 
 
 class Killed(BaseException):
@@ -223,7 +223,7 @@ def test_a_full_disk_or_a_kill_at_any_moment_leaves_nothing_half_made(
 ):
     whole = contents_in(prepare_afresh(monkeypatch, tmp_path / "fresh").folder)
     folder, real, before, stops, message = (
-        prepare.prepared_directory(),
+        prepare.prepared_directory(prepare.NUM_SHARDS),
         getattr(os, function),
         {},
         0,
@@ -343,7 +343,7 @@ def test_what_cannot_be_read_is_named_and_no_space_is_asked_for(own_text, monkey
 
 @pytest.mark.parametrize("name", ["shard_00000.parquet", "shard_06542.parquet"])
 def test_a_file_of_the_hub_with_damaged_data_is_named(climbmix, monkeypatch, name):
-    shutil.rmtree(prepare.prepare().folder)
+    shutil.rmtree(prepare.open_prepared().folder)
     monkeypatch.setattr(prepare, "download", lambda *_: None)  # all files are there
     file = prepare.cache_directory() / "data" / name
     with open(file, "r+b") as content:
@@ -440,7 +440,7 @@ def test_scored_rows_hold_every_package_in_proportion_wherever_documents_lie(own
         for n in range(10):  # all of a package lie together
             write_jsonl(own_text.with_name("code") / package / f"{n}.jsonl", texts[n::10])
     monkeypatch.setattr(prepare, "DATASET", str(own_text.with_name("code")))
-    prepared = prepare.prepare()
+    prepared = prepare.open_prepared()
     assert_in_proportion(documents_of(prepared, *prepared.train))
     scored = prepare.Tokenizer.from_directory().decode(prepared.rows().flatten())
     pieces = [text for text in scored.split(prepare.BOS_TOKEN) if len(text) > len("matplotlib")]
@@ -456,7 +456,7 @@ def test_scored_rows_hold_every_package_in_proportion_wherever_documents_lie(own
     # no document is in both splits.
     write_jsonl(own_text / "all.jsonl", [held_out[0], *reversed(everything)])
     monkeypatch.setattr(prepare, "DATASET", str(own_text / "all.jsonl"))
-    again = prepare.prepare()
+    again = prepare.open_prepared()
     same = [held_out[0], *held_out][: len(held_out) // 2]
     assert documents_of(again, "val.bin")[: len(same)] == same
     assert not set(documents_of(again, "val.bin")) & set(documents_of(again, *again.train))
@@ -473,7 +473,7 @@ def test_text_that_changes_while_it_is_read_is_an_error_and_nothing_is_kept(own_
 
     monkeypatch.setattr(prepare, "file_texts", edited)
     assert "the text changed while it was read; run: uv run prepare.py" in run_command(monkeypatch)
-    assert not files_in(prepare.prepared_directory())
+    assert not files_in(prepare.prepared_directory(prepare.NUM_SHARDS))
     assert run_command(monkeypatch) is None
 
 
@@ -488,7 +488,7 @@ def test_files_are_read_in_the_same_order_on_every_platform(own_text):
 
 
 def test_documents_come_from_every_kind_of_file_and_what_is_odd_is_named(own_text, capsys):
-    usual = set(documents_of(prepare.prepare()))
+    usual = set(documents_of(prepare.open_prepared()))
     prepare.local_files.cache_clear()  # as a new process
     (own_text / "deep" / "er").mkdir(parents=True)
     lines = [json.dumps({"text": f"{n} {some_text(n, 9)}"}) for n in range(200)]
@@ -522,7 +522,7 @@ def test_documents_come_from_every_kind_of_file_and_what_is_odd_is_named(own_tex
     write_parquet(own_text / "i.parquet", text=pyarrow.array(["twice"] * 2).dictionary_encode())
     write_parquet(own_text / "j.parquet", text=pyarrow.array(["large"], pyarrow.large_string()))
     capsys.readouterr()
-    documents = set(documents_of(prepare.prepare())) - usual
+    documents = set(documents_of(prepare.open_prepared())) - usual
     (note,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("note: "))
     # Of what is cut off, the documents before the cut are served.
     before_cut = {text for text in documents if text.split()[0].isdecimal()}
@@ -566,7 +566,7 @@ def test_a_book_is_cut_into_pieces_of_about_a_row_of_tokens(
     assert all(piece.endswith(end) for piece in pieces)
     if end == "\n\n":
         monkeypatch.setattr(prepare, "DATASET", str(book))
-        prepared = prepare.prepare()
+        prepared = prepare.open_prepared()
         assert prepare.benchmark_id(prepared).startswith("my-book-v400-t32-2s-")
         assert set(documents_of(prepared)) == set(pieces)
         tokens = sum(prepared.sizes[name] // 2 for name in (*prepared.train, "val.bin"))

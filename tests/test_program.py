@@ -635,7 +635,7 @@ def test_a_real_run_from_an_empty_cache_is_read_and_recorded(tmp_path, own_text)
     log = (night.folder / "run.log").read_bytes()
     assert lines[-1] == "exit status: 0", log.decode()
     assert len(log) < 8192 and b"\r" not in log
-    assert any("is not prepared yet" in line for line in lines)
+    assert any(line.startswith("preparing ") for line in lines)
     read = dict(line.split(":", 1) for line in night.shown.split("---\n")[1].splitlines())
     assert lines[0] == f"commit: {baseline}" and int(read["num_steps"]) > 1
     night.record()
@@ -646,6 +646,6 @@ def test_a_real_run_from_an_empty_cache_is_read_and_recorded(tmp_path, own_text)
 
     lines = night.run("nan")  # from what is prepared now
     assert lines[-2:] == ["error: loss nan at trial step 0", "exit status: 1"]
-    assert not any("prepared" in line or line == "---" for line in lines)
+    assert not any("preparing" in line or line == "---" for line in lines)
     night.record()
     assert night.table()[-1] == [baseline, "0.000000", "0.0", "crash", "baseline, seed 42"]

@@ -65,7 +65,7 @@ def test_a_word_that_stands_only_in_validation_text_earns_no_merge(own_text, tmp
     monkeypatch.setattr(prepare, "DATASET", str(text))
     monkeypatch.setattr(prepare, "VOCAB_SIZE", 600)
     monkeypatch.setattr(prepare, "LEAST_ROWS", 1)
-    prepared = prepare.prepare()
+    prepared = prepare.open_prepared()
     tokenizer = prepare.Tokenizer.from_directory()
     validation = tokenizer.decode(np.fromfile(prepared.folder / "val.bin", np.uint16))
     held_out = {word for word in words if word in validation}
@@ -82,5 +82,5 @@ def test_no_more_text_than_BPE_CHARS_is_read_for_the_vocabulary(own_text, monkey
         return train((read.append(len(text)) or text for text in texts), vocab_size)
 
     monkeypatch.setattr(prepare.Tokenizer, "train", counting)
-    prepare.prepare()
+    prepare.open_prepared()
     assert 20_000 <= sum(read) < 20_000 + prepare.BPE_DOCUMENT_CHARS
