@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -276,32 +275,27 @@ def local_documents(unread: set[Path]) -> Iterator[tuple[int, str]]:
 def gather_local_text(train: Path, validation: Path) -> None:
     """Write the documents of the lowest hashes into `validation`, all others into `train`."""
     unread: set[Path] = set()
-    bytes_by_hash = Counter()
-    for text_hash, text in local_documents(unread):
-        bytes_by_hash[text_hash] += len(text.encode())
+    sizes = sorted((text_hash, len(text.encode())) for text_hash, text in local_documents(unread))
     if unread:
         names = ", ".join(sorted(map(str, unread))[:5])
         say(f"note: {len(unread):,} files, or parts of them, cannot be read as text: {names}")
-    if not bytes_by_hash:
+    if not sizes:
         raise too_little_text(0, 1, "documents")
-    bytes_left = min(HELD_OUT_BYTES_PER_TOKEN * EVAL_TOKENS, HELD_OUT_SHARE * bytes_by_hash.total())
-    for text_hash in sorted(bytes_by_hash):
-        bytes_left -= bytes_by_hash[text_hash]
+    num_bytes = sum(size for _, size in sizes)
+    bytes_left = min(HELD_OUT_BYTES_PER_TOKEN * EVAL_TOKENS, HELD_OUT_SHARE * num_bytes)
+    for text_hash, size in sizes:
+        bytes_left -= size
         if bytes_left < 0:  # always reached, because HELD_OUT_SHARE is below 1
             lowest_trained_hash = text_hash
             break
     held_out = []
     with written_whole(train) as file:
         for text_hash, text in local_documents(unread=set()):  # those are named above
-            # This second reading takes away what the first one added: checked below.
-            bytes_by_hash[text_hash] -= len(text.encode())
             line = json.dumps({"text": text}).encode() + b"\n"
             if text_hash < lowest_trained_hash:
                 held_out.append((text_hash, line))
             else:
                 file.write(line)
-        if any(bytes_by_hash.values()):
-            raise HarnessError("the text changed while it was read; run: uv run prepare.py")
     with written_whole(validation) as file:
         file.writelines(line for _, line in sorted(held_out))
 
