@@ -517,8 +517,8 @@ class Piece(NamedTuple):
     length: int
 
 
-def whole_documents(tokens: np.ndarray, bos: int) -> list[Piece]:
-    places = np.flatnonzero(tokens == bos)
+def whole_documents(tokens: np.ndarray) -> list[Piece]:
+    places = np.flatnonzero(tokens == tokens[:1])  # of BOS, with which every file begins
     lengths = np.diff(places, append=len(tokens))
     return [Piece(*piece) for piece in zip((places + 1).tolist(), lengths.tolist(), strict=True)]
 
@@ -577,25 +577,23 @@ def pack_rows(
         yield row
 
 
-def fill_row(pieces: list[Piece], tokens: np.ndarray, bos: int) -> np.ndarray:
+def fill_row(pieces: list[Piece], tokens: np.ndarray) -> np.ndarray:
     parts = []
     for start, length in pieces:
-        parts.append(np.array([bos], np.uint16))
+        parts.append(tokens[:1])  # BOS
         parts.append(tokens[start : start + length - 1])
     return np.concatenate(parts)
 
 
-def validation_rows(
-    file: Path, row_tokens: int, bos: int, buffer_size: int = BUFFER_SIZE
-) -> Iterator[np.ndarray]:
+def validation_rows(file: Path, row_tokens: int, buffer_size: int) -> Iterator[np.ndarray]:
     """Rows of documents that arrive whole and in the order of the file."""
     tokens = np.fromfile(file, np.uint16)
-    for packed in pack_rows(whole_documents(tokens, bos), row_tokens, buffer_size):
-        yield fill_row(packed, tokens, bos)
+    for packed in pack_rows(whole_documents(tokens), row_tokens, buffer_size):
+        yield fill_row(packed, tokens)
 
 
 def training_rows(
-    files: list[Path], row_tokens: int, bos: int, buffer_size: int, epoch: int
+    files: list[Path], row_tokens: int, buffer_size: int, epoch: int
 ) -> Iterator[np.ndarray]:
     """Rows of one epoch: of the beginnings of all documents, then of what is left of long ones.
 
@@ -604,11 +602,11 @@ def training_rows(
     """
     for part_of in (beginnings, rests):
         for n, file in enumerate(files):
-            tokens = np.memmap(file, np.uint16, "r")
-            pieces = part_of(whole_documents(tokens, bos), row_tokens)
+            tokens = np.asarray(np.memmap(file, np.uint16, "r"))  # a memmap is slow to slice
+            pieces = part_of(whole_documents(tokens), row_tokens)
             np.random.default_rng((epoch, n)).shuffle(pieces)
             for packed in pack_rows(pieces, row_tokens, buffer_size, keep_rest=True):
-                yield fill_row(packed, tokens, bos)
+                yield fill_row(packed, tokens)
 
 
 # --- Preparing ----------------------------------------------------------------
@@ -698,9 +696,9 @@ def encode_all(texts: Iterable[str], encoders: list[Tokenizer]) -> Iterator[np.n
                 yield from documents
 
 
-def pack_validation(tokens: Path, bos: int) -> np.ndarray:
+def pack_validation(tokens: Path) -> np.ndarray:
     """Step 4: the scored rows (N, T + 1) uint16, up to EVAL_TOKENS."""
-    every_row = validation_rows(tokens, MAX_SEQ_LEN + 1, bos)
+    every_row = validation_rows(tokens, MAX_SEQ_LEN + 1, BUFFER_SIZE)
     rows = list(islice(every_row, EVAL_TOKENS // MAX_SEQ_LEN))
     if len(rows) < LEAST_ROWS:
         raise too_little_text(len(rows), LEAST_ROWS, "rows to validate on")
@@ -734,9 +732,8 @@ def make(folder: Path, num_shards: int, workers: int) -> Prepared:
                 file.writelines(encode_all(documents, encoders))
     rows_file = folder / "rows.bin"
     if not rows_file.exists():
-        bos = encoders[0].get_bos_token_id()
         with written_whole(rows_file) as file:
-            file.write(pack_validation(folder / "val.bin", bos))
+            file.write(pack_validation(folder / "val.bin"))
     train = [name for name, _ in shards]
     names = [vocabulary_file.name, *train, "val.bin", rows_file.name]
     content = {
@@ -787,15 +784,15 @@ BATCHES_AHEAD = 2
 
 
 def endless_rows(
-    prepared: Prepared, split: str, row_tokens: int, bos: int, buffer_size: int
+    prepared: Prepared, split: str, row_tokens: int, buffer_size: int
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Rows, each with its epoch, from 1 on."""
     files = [prepared.folder / name for name in prepared.train]
     for epoch in count(1):
         if split == "train":
-            rows = training_rows(files, row_tokens, bos, buffer_size, epoch)
+            rows = training_rows(files, row_tokens, buffer_size, epoch)
         else:
-            rows = validation_rows(prepared.folder / "val.bin", row_tokens, bos, buffer_size)
+            rows = validation_rows(prepared.folder / "val.bin", row_tokens, buffer_size)
         num_rows = 0
         for row in rows:
             num_rows += 1
@@ -810,10 +807,11 @@ def make_dataloader(
     """Endless inputs (B, T) int64, targets (B, T) int64 and the epoch, of split "train" or "val".
 
     On `device`, by default the GPU if there is one; made ahead in a thread, the same in every run.
+    The files hold tokens already: `tokenizer` is there for those who give one.
     """
     if split not in ("train", "val"):
         raise ValueError(f'split "{split}" is neither "train" nor "val"')
-    rows = endless_rows(open_prepared(), split, T + 1, tokenizer.get_bos_token_id(), buffer_size)
+    rows = endless_rows(open_prepared(), split, T + 1, buffer_size)
     device = torch.device(device or ("cuda" if _CUDA else "cpu"))
     is_cuda = device.type == "cuda"
 
@@ -1023,8 +1021,7 @@ def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
 
 def check_model(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -> None:
     """Run the checks on a batch of training rows: a model is refused before the clock starts."""
-    bos = tokenizer.get_bos_token_id()
-    rows = endless_rows(open_prepared(), "train", MAX_SEQ_LEN + 1, bos, BUFFER_SIZE)
+    rows = endless_rows(open_prepared(), "train", MAX_SEQ_LEN + 1, BUFFER_SIZE)
     batch = np.stack([row for row, _ in islice(rows, batch_size)])
     checked_losses(model, batch, batch_size, tokenizer.get_vocab_size())
 

@@ -81,7 +81,7 @@ def rows_of(files: list[np.ndarray], row_tokens: int, folder, epoch: int) -> lis
     paths = [folder / f"{n}.bin" for n in range(len(files))]
     for path, tokens in zip(paths, files, strict=True):
         tokens.tofile(path)
-    return list(training_rows(paths, row_tokens, BOS, 100, epoch))
+    return list(training_rows(paths, row_tokens, 100, epoch))
 
 
 @given(
