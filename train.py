@@ -585,9 +585,8 @@ class Run:
         for number, progress in enumerate(TRIAL_PROGRESS):
             started_s = time.perf_counter()
             step = self.take_step(progress, number)
-            elapsed_s = step.wait() - started_s
+            self.step_s = step.wait() - started_s  # the last trial's stays: all is compiled then
             check_finite(step.loss.item(), f"trial step {number}")
-        self.step_s = elapsed_s  # of the last trial step, when all was compiled
 
     def try_evaluation(self, rows: int) -> None:
         """Compile what the evaluation needs; a model that it would refuse is refused now."""
