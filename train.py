@@ -116,8 +116,8 @@ class GPTConfig:
     n_kv_head: int
     n_embd: int
     window_pattern: str
-    short_window: float
-    value_embedding_every: int
+    short_window: float = 1 / 2  # by default as on a GPU, and so the next
+    value_embedding_every: int = 2
 
     def windows(self) -> list[int]:
         """For each layer, how many tokens before itself a token sees."""
