@@ -156,10 +156,11 @@ PYSOURCE_PACKAGES = ("sympy", "pandas", "numpy", "matplotlib", "networkx")
 PYSOURCE_SKIPS = ("__config__.py", "_distributor_init.py", "_distributor_init_local.py")
 
 # Of local text, the documents with the lowest hashes are held out, a fair sample of every folder
-# and topic, as far as two limits allow. The second: a token is about 4 bytes, and packing keeps
-# about one token in three, as it drops the rest of a document that it cuts.
+# and topic, up to the smaller of two limits.
 HELD_OUT_SHARE = 0.1  # of the bytes of all text
-HELD_OUT_BYTES_PER_TOKEN = 12  # of EVAL_TOKENS
+# For each of EVAL_TOKENS: a token is about 4 bytes, and packing drops about two tokens of three,
+# the rests of documents that it cuts.
+HELD_OUT_BYTES_PER_TOKEN = 12
 LEAST_ROWS = 16  # of validation text: fewer would measure nothing
 
 
@@ -195,8 +196,8 @@ def local_files(dataset: str) -> list[tuple[str, int, float]]:
 def cut_into_documents(file: TextIO) -> Iterator[str]:
     """The documents of a text file: of pysource about a definition each, else about a row each.
 
-    One with `least` characters ends where a blank line and an unindented one follow each other;
-    any ends before a line with which it would have more than `most`.
+    A document ends at the first blank line that an unindented line follows, once it has `least`
+    characters, and before any line that would give it more than `most`.
     """
     if DATASET == "pysource":
         least = 200
@@ -205,7 +206,7 @@ def cut_into_documents(file: TextIO) -> Iterator[str]:
         least = 3 * MAX_SEQ_LEN
         most = 4 * MAX_SEQ_LEN
     document = ""
-    while line := file.readline(most):  # of a longer line, a part
+    while line := file.readline(most):  # a longer line comes in parts
         follows_blank_line = document.endswith("\n\n")
         can_end = len(document) >= least and follows_blank_line and not line[0].isspace()
         if can_end or len(document) + len(line) > most:
@@ -251,9 +252,9 @@ def file_texts(path: Path) -> Iterator[str]:
 
 
 def too_little_text(found: int, needed: int, what: str) -> HarnessError:
-    """The error; it says how much text would do, if a character is a byte."""
+    """Make the error, which says how many characters would do, at one byte each."""
     chars_to_validate = LEAST_ROWS * MAX_SEQ_LEN * HELD_OUT_BYTES_PER_TOKEN / HELD_OUT_SHARE
-    chars_to_learn = 100 * VOCAB_SIZE  # varied text gives a merge in fewer
+    chars_to_learn = 100 * VOCAB_SIZE  # varied text has a merge in fewer than 100 characters
     chars = max(chars_to_learn, round(chars_to_validate))
     return HarnessError(
         f'DATASET = "{DATASET}" has too little text: {found} of {needed} {what}; bring '
@@ -303,7 +304,7 @@ def gather_local_text(train: Path, validation: Path) -> None:
 # --- Download -----------------------------------------------------------------
 
 RETRY_WAITS_S = (1, 2, 4, 8, 16)  # between attempts; progress starts the series again
-TIMEOUT_S = (10, 30)  # to connect; between two bytes
+TIMEOUT_S = (10, 30)  # for the connection; for silence between two bytes
 
 
 def is_parquet(path: Path) -> bool:
@@ -322,7 +323,7 @@ def receive(url: str, part: Path) -> str | None:
         headers["Authorization"] = f"Bearer {token}"  # dropped by requests at another host
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
         status = answer.status_code
-        # 416: nothing lies behind `part`, which an earlier call had no time to rename.
+        # 416: `part` is complete; an earlier call ended before it was renamed.
         if status >= 400 and status != 416:
             message = f"{url}: {status} {answer.headers.get('X-Error-Message', answer.reason)}"
             if status in (401, 403, 404, 410):  # trying again is useless
@@ -408,7 +409,9 @@ SPLIT_PATTERN = (  # GPT-4's, but for numbers: at most 2 digits, for a small voc
 )
 BPE_CHARS = 1_000_000_000  # the most characters of training text that make the vocabulary
 BPE_DOCUMENT_CHARS = 10_000  # the most of one document
-ENCODE_CHARS = 100_000  # encoded at once: more blanks exhaust the stack of tiktoken's expressions
+# The most that is encoded at once: over a longer run of blanks, tiktoken's regular expression runs
+# out of stack.
+ENCODE_CHARS = 100_000
 TOKENIZER_FILE = "tokenizer.tiktoken"  # tiktoken's ranks format: text, never pickle
 
 
@@ -538,8 +541,8 @@ def rests(documents: list[Piece], most: int) -> list[Piece]:
     for start, length in documents:
         text_length = length - 1
         for served in range(step, text_length, step):  # tokens of text in the pieces before
-            text_left = text_length - served
-            pieces.append(Piece(start + served, 1 + min(text_left, step)))  # 1: its own BOS
+            piece_text = min(step, text_length - served)
+            pieces.append(Piece(start + served, piece_text + 1))  # 1: the piece's own BOS
     return pieces
 
 
@@ -564,16 +567,17 @@ def pack_rows(
             if not buffer:
                 return  # without the last row, which is not full
             shortest = buffer[0][0]
-            longest = max(room, shortest)  # where none fits, one of the shortest is cut
-            place = bisect_left(buffer, (longest + 1,)) - 1  # the last entry of at most that length
+            limit = max(room, shortest)  # where none fits, one of the shortest is taken, and cut
+            place = bisect_left(buffer, (limit + 1,)) - 1  # the last that is at most `limit` long
             length, minus_number, start = buffer.pop(place)
             taken = min(length, room)
             row.append(Piece(start, taken))
             room -= taken
             if keep_rest and taken < length:
-                text_taken = taken - 1  # the BOS was taken, too; 0 if it alone fitted
-                # As long as what of the text is left, and a new BOS:
-                insort(buffer, (length - text_taken, minus_number, start + text_taken))
+                text_taken = taken - 1  # without BOS; 0 if that alone fitted
+                text_left = (length - 1) - text_taken
+                # + 1: what is left begins with a BOS of its own.
+                insort(buffer, (text_left + 1, minus_number, start + text_taken))
         yield row
 
 
@@ -595,9 +599,10 @@ def validation_rows(file: Path, row_tokens: int, buffer_size: int) -> Iterator[n
 def training_rows(
     files: list[Path], row_tokens: int, buffer_size: int, epoch: int
 ) -> Iterator[np.ndarray]:
-    """Rows of one epoch: of the beginnings of all documents, then of what is left of long ones.
+    """Rows of one epoch.
 
-    Nothing is lost by this cut, and a short run sees as many documents as it can.
+    First come the beginnings of all documents, so that a short run sees as many as it can, then
+    the rests. All is served, but for the last row of each pass over a file, which is not full.
     The pieces of a file are shuffled, by a seed of epoch and file: the same in every run.
     """
     for part_of in (beginnings, rests):
@@ -840,27 +845,28 @@ def make_dataloader(
 # probes are scored together, in a secret order. What a model may not do, and how it shows:
 #
 #   look at later tokens           its loss just before a cut is not that of the row
-#   look, but repeat old answers   behind a cut every beginning is a new one: what it sees ahead
-#   to beginnings it has seen      there is noise, which nobody else can predict
+#   look, but remember rows and    a probe behind its cut was never seen: looking ahead, it predicts
+#   repeat their losses            noise there, which it could not know
 #   look at other rows or batches  its loss before a cut is not that of the row
 #   learn from scored rows         its weights or buffers change, or its losses do
 #   give losses of its own         it is asked for logits, and not given the targets
 #   score other rows or tokens     the SHA-256 of rows or tokenizer is not the manifest's
 #
-# To look ahead at 1 % of positions gains about 1 % of the bits. Measured, by the share of positions
-# at which models look ahead: how many are refused
+# To look ahead at 1 % of positions gains about 1 % of the bits. Measured:
 #
-#   by losses before a cut         without CUDA at 1.5 % half · with CUDA at 0.15 % half
-#   by predictions behind a cut    without CUDA at 0.25 % nine of ten, at 0.5 % all
+#   of models that look ahead at       are refused
+#   1.5 % of positions, no CUDA        half, by losses before a cut
+#   0.15 % of positions, with CUDA     half, by losses before a cut
+#   0.25 % of positions, no CUDA       nine of ten, by predictions behind a cut; at 0.5 % all
 #
 # What no check in one process can see: training on validation rows; another harness in this one's
 # place; work outside the clock; a lucky seed; a model that remembers rows, and looks ahead only if
 # text goes on as expected; one that feigns to be out of memory, and so sees all rows twice.
 
 BATCHES_PER_PROBE_BATCH = 20  # 5 % more evaluation
-# The tolerance is for CUDA kernels that add in no fixed order (atomics). Else an honest model
-# repeats a loss to the last bit, at the same place in a batch of the same shape. A leak that stays
-# below it gains about 0.001 bits a byte at most, less than two seeds differ by.
+# The tolerance is for CUDA kernels that add in no fixed order (atomics). Without them an honest
+# model repeats a loss to the last bit, at the same place in a batch of the same shape. A leak below
+# the tolerance gains about 0.001 bits a byte at most, less than two seeds differ by.
 LOSS_TOLERANCE_NATS = 0.002
 FORESIGHT_EXPONENT = 20.0  # an honest model is refused at most once in e^20 evaluations
 OTHER_LOSS = (
@@ -883,7 +889,8 @@ def halve_until_it_fits(attempt: Callable, num_rows: int, name: str):
             is_final = isinstance(failure, torch.AcceleratorError | HarnessError)
             if is_final or num_rows == 1 or not is_full:
                 raise
-        # Half, or 1: either divides what num_rows divides, in training the rows of a step.
+        # In training num_rows divides the rows of a step, and so does its half; of an odd number
+        # only 1 is sure to.
         num_rows = num_rows // 2 if num_rows % 2 == 0 else 1
         say(f"out of memory: going on with {name} = {num_rows}")
         gc.collect()
@@ -926,7 +933,7 @@ def score(model, V: int, inputs: np.ndarray, targets: np.ndarray, batch_size: in
         model.eval()
         losses = [token_losses(model, V, x, y) for x, y in zip(inputs, targets, strict=True)]
         return torch.cat(losses).cpu().numpy()
-    finally:  # also when memory was short: the next attempt would take changed weights for its own
+    finally:  # also after a failure: another attempt would see the change in its own `before`
         for module, mode in modes:
             module.training = mode
         after = state_of(model)
@@ -978,7 +985,7 @@ def make_probes(rows: np.ndarray, V: int, secret: np.random.Generator) -> Probes
     T = rows.shape[1] - 1
     noise = secret.integers(V, size=rows.shape, dtype=np.uint16)
     cuts_P1 = secret.integers(1, T, size=(P, 1))
-    # One in eight has its cut at T, which is none: else the last position would never be compared.
+    # One in eight is a whole copy, cut at T: no cut above leaves the last position to be compared.
     cuts_P1[secret.choice(P, math.ceil(P / 8), replace=False)] = T
     is_before_cut = np.arange(T) < cuts_P1
     inputs = np.where(is_before_cut, rows[:, :-1], noise[:, :-1])
@@ -991,21 +998,22 @@ def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
     secret = np.random.default_rng()  # seeded by the system: no model can foresee it
     N = len(rows)
     num_batches = math.ceil(N / B)
-    # Fill the last batch from the start: row i is then row i % N of those that were given.
+    # Fill the last batch with the first rows again: row i is row i % N of those that were given.
     rows = np.resize(rows, (num_batches * B, rows.shape[1]))
-    # A loss repeats to the last bit only at the same place in a batch. So probe i, which stands at
-    # place i % B of one, is a copy of the row at that place of a random batch.
+    # A loss repeats to the last bit only at the same place in a batch: a probe is a copy of the row
+    # at its own place in a random batch.
     P = B * max(2, num_batches // BATCHES_PER_PROBE_BATCH)
-    batches_P = secret.integers(num_batches, size=P)
-    originals_P = B * batches_P + np.arange(P) % B
+    place_P = np.arange(P) % B
+    batch_P = secret.integers(num_batches, size=P)
+    originals_P = B * batch_P + place_P
     probes = make_probes(rows[originals_P], V, secret)
     inputs = np.concatenate([rows[:, :-1], probes.inputs])
     targets = np.concatenate([rows[:, 1:], probes.targets])
-    places = np.arange(len(inputs)).reshape(-1, B)  # a batch a line, a place in it a column
+    numbers = np.arange(len(inputs)).reshape(-1, B)  # of rows and probes; a line is a batch
     # Each column is shuffled on its own: rows and probes change batches, and keep their place.
-    order = secret.permuted(places, axis=0).ravel()
+    order = secret.permuted(numbers, axis=0).ravel()
     losses = np.empty(targets.shape, np.float32)
-    losses[order] = score(model, V, inputs[order], targets[order], B)
+    losses[order] = score(model, V, inputs[order], targets[order], B)  # back in the first order
 
     losses_NT = losses[:N]
     refuse_at(~np.isfinite(losses_NT), np.arange(N), "a loss that is not finite")
@@ -1013,7 +1021,7 @@ def checked_losses(model, rows: np.ndarray, B: int, V: int) -> np.ndarray:
     gaps_PT = np.abs(losses_PT - losses[originals_P])
     is_other_PT = probes.is_before_cut & ~(gaps_PT <= LOSS_TOLERANCE_NATS)  # a > lets NaN pass
     refuse_at(is_other_PT, originals_P % N, OTHER_LOSS)
-    # Behind a cut nothing was compared.
+    # Behind a cut nothing was compared, so that NaN would still be there.
     refuse_at(np.isnan(losses_PT), originals_P % N, "a loss that is not a number")
     refuse_foresight(losses_PT[~probes.is_before_cut], V)
     return losses_NT
@@ -1029,9 +1037,13 @@ def check_model(model: torch.nn.Module, tokenizer: Tokenizer, batch_size: int) -
 def bits_per_byte(nats: float, num_bytes: int) -> float:
     """Cross-entropy per UTF-8 byte of target text, in bits. Lower is better.
 
+    Raises ValueError if `num_bytes` is not positive: nothing was scored.
+
     >>> bits_per_byte(nats=np.log(256), num_bytes=1)  # a uniform guess over bytes
     8.0
     """
+    if num_bytes <= 0:
+        raise ValueError(f"{num_bytes = }: nothing was scored")
     return float(nats / (np.log(2) * num_bytes))
 
 

@@ -227,3 +227,8 @@ def test_gpu_gives_the_number_of_the_cpu_and_refuses_no_honest_model(small):
     assert score(model.to("cuda")) == pytest.approx(expected, rel=1e-4)
     model.bfloat16().compile(dynamic=False)
     assert len({score(model, 16) for _ in range(20)}) == 1
+
+
+def test_bits_of_nothing_are_an_error():
+    with pytest.raises(ValueError, match="nothing was scored"):
+        prepare.bits_per_byte(nats=1.0, num_bytes=0)
