@@ -80,7 +80,7 @@ EMBEDDING_LR = scale(0.6, 0.5)  # x (width / 768)^-1/2
 UNEMBEDDING_LR = scale(0.004, 0.01)  # x (width / 768)^-1/2
 MATRIX_LR = scale(0.04, 0.015)
 SCALAR_LR = 0.5
-RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR: for r, and for any gain or bias that is added
+RESIDUAL_LR_SCALE = 0.01  # of SCALAR_LR: for r, and for a gain or bias that you bring in
 ADAM_BETAS = (0.8, 0.95)
 SKIP_BETAS = (0.96, 0.95)  # for s
 ADAM_EPS = 1e-10
@@ -278,8 +278,8 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, reduction="mean"):
         cos = self.cos[: idx.size(1)]
         sin = self.sin[: idx.size(1)]
-        # torch compiles anew where gradients are off. For layers compiled one by one, which the
-        # evaluation shares with training, they stay on: that saves a second compilation.
+        # Without gradients torch would compile every layer a second time. So gradients stay on in
+        # the evaluation, too, if the layers were compiled one by one.
         with torch.set_grad_enabled(self.is_compiled_by_layer or torch.is_grad_enabled()):
             x0 = norm(self.wte(idx).to(self.dtype))
             x = x0.clone()  # if x were x0, the first layer would be compiled apart from the others
@@ -296,8 +296,8 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """FLOPs of all matrix products, forward and backward, as if a token saw its whole window.
 
-        A product of two numbers and its sum are 2 FLOPs, and backward costs twice what forward
-        does: 6 a weight, and as attention has two products (q·k, p·v), 12 a channel and key.
+        A multiply-add is 2 FLOPs, and backward costs twice what forward does: 6 for each weight.
+        Attention has two products (q·k, p·v): 12 for each channel and each key in a window.
         """
         weights = sum(p.numel() for p in self.parameters() if p.ndim > 1)
         weights -= sum(table.numel() for table in self.tables())
@@ -380,7 +380,7 @@ def parameter_groups(model: GPT) -> list[dict]:
     heads = [module.weight for module in model.modules() if isinstance(module, Head)]
     matrices = [module.weight for module in model.blocks.modules() if isinstance(module, nn.Linear)]
     skips = [block.skip_scale for block in model.blocks]
-    scalars = [p for p in model.parameters() if p.ndim < 2]  # and skips: their group comes first
+    scalars = [p for p in model.parameters() if p.ndim < 2]  # also skips, whose own group is above
     return [
         dict(name="head", kind="adamw", params=heads, lr=UNEMBEDDING_LR * width_scale),
         dict(name="tables", kind="adamw", params=model.tables(), lr=EMBEDDING_LR * width_scale),
@@ -447,7 +447,7 @@ def apply_schedules(optimizers: list, progress: float, step: int) -> None:
 class Step(NamedTuple):
     """One update of the weights; on CUDA it may still be running."""
 
-    progress: float  # that its learning rates were set for
+    progress: float  # the share of the budget that its rates were set for
     loss: torch.Tensor  # on the host, in nats; to be read once the step has ended
     tokens: int
     epoch: int
@@ -556,7 +556,7 @@ class Run:
         micro_batches = TOTAL_BATCH_SIZE // (self.rows * MAX_SEQ_LEN)
         total_loss = torch.zeros((), device=self.platform.device)
         tokens = 0
-        self.end_part("rest")  # what passed between two steps; the run's first mark opens the list
+        self.end_part("rest")  # the gap since the last step; a run's first mark starts its time
         for _ in range(micro_batches):
             inputs, targets, epoch = next(self.batches)
             self.end_part("data")
@@ -589,7 +589,7 @@ class Run:
             check_finite(step.loss.item(), f"trial step {number}")
 
     def try_evaluation(self, rows: int) -> None:
-        """Compile what the evaluation needs; a model that it would refuse is refused now."""
+        """Compile what the evaluation needs, and refuse now a model that it would refuse."""
         self.eval_rows = rows
         prepare.check_model(self.model, self.tokenizer, rows)
 
@@ -656,7 +656,7 @@ def train(run: Run) -> Trained:
     for number in count(1):
         begins_s = time.perf_counter() - trained.started_s
         if run.platform.device.type == "cuda":
-            # `running` is only starting now, and the next step starts when it ends.
+            # The host is a step ahead: what is launched below starts when `running` ends.
             begins_s += trained.usual_s
         if begins_s >= TIME_BUDGET:
             break
@@ -751,7 +751,7 @@ def load_flash_attn_3() -> bool:
         folder = ""  # an empty note means that none came: later runs do not ask again
         try:
             variant = kernels.install_kernel("kernels-community/flash-attn3", version=1)
-            folder = str(variant.parents[1])  # of FOLDER/build/VARIANT; get_local_kernel takes it
+            folder = str(variant.parents[1])  # FOLDER of FOLDER/build/VARIANT
         except Exception as failure:  # of the network, or there is no build for these versions
             say(f"{type(failure).__name__}: {failure}"[:300])
         with prepare.written_whole(note) as file:
@@ -870,7 +870,7 @@ def refuse_unusable_gpu() -> None:
 def set_up_cpu() -> None:
     """Use no more threads than usable cores; make glibc keep freed memory for the next step."""
     torch.set_num_threads(min(torch.get_num_threads(), prepare.usable_cores()))
-    with suppress(OSError, AttributeError, TypeError):  # there is no glibc
+    with suppress(OSError, AttributeError, TypeError):  # without glibc there is no mallopt
         # Mapping a step's memory anew takes 8 % of a step.
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most that older glibc accepts
@@ -878,7 +878,7 @@ def set_up_cpu() -> None:
 
 
 def cpu_has_fast_bf16() -> bool:
-    """Whether it multiplies bf16 faster than float32: an AMD core by AVX-512, an Intel one by AMX.
+    """Whether this CPU multiplies bf16 faster than float32: AMD's by AVX-512, Intel's by AMX.
 
     By AVX-512 an Intel core is slower: 165 GFLOP/s were measured, and 320 in float32.
     """
@@ -918,7 +918,7 @@ def find_platform() -> Platform:
     if torch.cuda.is_available():
         device = torch.device("cuda")
         name = torch.cuda.get_device_name()
-        has_fast_bf16 = torch.cuda.get_device_capability() >= (8, 0)  # as are all of ROCm's chips
+        has_fast_bf16 = torch.cuda.get_device_capability() >= (8, 0)  # so is each that ROCm knows
         torch.set_float32_matmul_precision("high")  # TF32
         if IS_WSL:  # there, more than the GPU's free memory would silently come from the host
             free_bytes, total_bytes = torch.cuda.mem_get_info()
