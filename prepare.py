@@ -173,7 +173,7 @@ def dataset_name() -> str:
 def local_files(dataset: str) -> list[tuple[str, int, float]]:
     """Names, sizes and times of the files of local text, as they are at the first call.
 
-    The prepared folder's name is made from them, and must not change during a run.
+    The name of the folder of prepared text of your own is made from them: it stays during a run.
     """
     files = []
     if dataset == "pysource":
@@ -188,7 +188,9 @@ def local_files(dataset: str) -> list[tuple[str, int, float]]:
                 files.append(path)
         if not files:
             names = ", ".join([*HUB, "pysource"])
-            raise HarnessError(f"{DATASET = } in prepare.py: not {names}, no file in {root}")
+            raise HarnessError(
+                f'DATASET = "{DATASET}" in prepare.py: not {names}, no file in {root}'
+            )
     files.sort(key=Path.as_posix)  # by the same characters on every platform
     return [(f.as_posix(), f.stat().st_size, f.stat().st_mtime) for f in files]
 
@@ -276,27 +278,31 @@ def local_documents(unread: set[Path]) -> Iterator[tuple[int, str]]:
 def gather_local_text(train: Path, validation: Path) -> None:
     """Write the documents of the lowest hashes into `validation`, all others into `train`."""
     unread: set[Path] = set()
-    sizes = sorted((text_hash, len(text.encode())) for text_hash, text in local_documents(unread))
+    found = sorted((text_hash, len(text.encode())) for text_hash, text in local_documents(unread))
     if unread:
         names = ", ".join(sorted(map(str, unread))[:5])
         say(f"note: {len(unread):,} files, or parts of them, cannot be read as text: {names}")
-    if not sizes:
+    if not found:
         raise too_little_text(0, 1, "documents")
-    num_bytes = sum(size for _, size in sizes)
+    num_bytes = sum(size for _, size in found)
     bytes_left = min(HELD_OUT_BYTES_PER_TOKEN * EVAL_TOKENS, HELD_OUT_SHARE * num_bytes)
-    for text_hash, size in sizes:
+    for text_hash, size in found:
         bytes_left -= size
         if bytes_left < 0:  # always reached, because HELD_OUT_SHARE is below 1
             lowest_trained_hash = text_hash
             break
+    found_again = []
     held_out = []
     with written_whole(train) as file:
         for text_hash, text in local_documents(unread=set()):  # those are named above
+            found_again.append((text_hash, len(text.encode())))
             line = json.dumps({"text": text}).encode() + b"\n"
             if text_hash < lowest_trained_hash:
                 held_out.append((text_hash, line))
             else:
                 file.write(line)
+        if sorted(found_again) != found:
+            raise HarnessError("the text changed while it was read; run: uv run prepare.py")
     with written_whole(validation) as file:
         file.writelines(line for _, line in sorted(held_out))
 
@@ -765,7 +771,7 @@ def open_prepared(num_shards: int | None = None, workers: int = 8) -> Prepared:
         folder = prepared_directory(num_shards)
         prepared = read_manifest(folder)
         if prepared is None:
-            say(f"preparing {DATASET} in {folder} (waits while another process prepares data)")
+            say(f"{DATASET} is not prepared yet, or no longer whole; doing it now, in {folder}")
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(cache_directory() / "lock"):  # the system frees it when a process dies
                 prepared = make(folder, num_shards, workers)

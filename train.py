@@ -116,7 +116,8 @@ class GPTConfig:
     n_kv_head: int
     n_embd: int
     window_pattern: str
-    short_window: float = 1 / 2  # by default as on a GPU, and so the next
+    # By default as on a GPU, whose model can so be built anywhere from the sizes above:
+    short_window: float = 1 / 2
     value_embedding_every: int = 2
 
     def windows(self) -> list[int]:
@@ -406,9 +407,10 @@ def make_optimizers(model: GPT) -> list[torch.optim.Optimizer]:
             continue
         if group["kind"] == "adamw":
             optimizers.append(torch.optim.AdamW([group], **adamw))
-        else:
-            assert group["kind"] == "muon", group["kind"]
+        elif group["kind"] == "muon":
             optimizers.append(Muon([group], model.dtype))
+        else:
+            raise ValueError(f"group {group['name']}: no optimizer is of kind {group['kind']}")
     for name, p in model.named_parameters():
         if p not in grouped:
             raise HarnessError(f"{name} {tuple(p.shape)} is in no group of parameter_groups")
@@ -473,13 +475,14 @@ def step_and_measure(optimizers: list[torch.optim.Optimizer]) -> dict[str, tuple
     """
     figures = {}
     for optimizer in optimizers:
-        (group,) = optimizer.param_groups
-        before = [p.detach().clone() for p in group["params"]]
+        groups = optimizer.param_groups
+        weights_before = [[p.detach().clone() for p in group["params"]] for group in groups]
         optimizer.step()
-        gradients = [p.grad for p in group["params"] if p.grad is not None]
-        changes = torch._foreach_sub([p.detach() for p in group["params"]], before)
-        relative_update = get_total_norm(changes) / get_total_norm(before)
-        figures[group["name"]] = (get_total_norm(gradients), relative_update)
+        for group, before in zip(groups, weights_before, strict=True):
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            changes = torch._foreach_sub([p.detach() for p in group["params"]], before)
+            relative_update = get_total_norm(changes) / get_total_norm(before)
+            figures[group["name"]] = (get_total_norm(gradients), relative_update)
     return figures
 
 
@@ -566,8 +569,8 @@ class Run:
             tokens += inputs.numel()
             self.end_part("forward and backward")
         apply_schedules(self.optimizers, progress, step)
-        due = DIAGNOSED_AT[len(self.figures) :]  # what is not measured yet
-        if due and progress >= due[0]:
+        num_measured = len(self.figures)
+        if num_measured < len(DIAGNOSED_AT) and progress >= DIAGNOSED_AT[num_measured]:
             self.figures.append(step_and_measure(self.optimizers))
         else:
             for optimizer in self.optimizers:
@@ -896,7 +899,7 @@ def can_compile(device: torch.device, dtype: torch.dtype) -> bool:
 
     def forward(x):
         # The second is False where a variable like TORCH_COMPILE_DISABLE is set.
-        return F.rms_norm(x, (16,)).sum(), torch.compiler.is_compiling()
+        return F.rms_norm(x, (16,)).exp().sum(), torch.compiler.is_compiling()
 
     try:
         loss, is_compiled = torch.compile(forward)(x)
@@ -918,7 +921,7 @@ def find_platform() -> Platform:
     if torch.cuda.is_available():
         device = torch.device("cuda")
         name = torch.cuda.get_device_name()
-        has_fast_bf16 = torch.cuda.get_device_capability() >= (8, 0)  # so is each that ROCm knows
+        has_fast_bf16 = torch.cuda.get_device_capability() >= (8, 0)  # on ROCm it is always
         torch.set_float32_matmul_precision("high")  # TF32
         if IS_WSL:  # there, more than the GPU's free memory would silently come from the host
             free_bytes, total_bytes = torch.cuda.mem_get_info()

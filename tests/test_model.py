@@ -1,6 +1,7 @@
 """The model: its size, its parts and its loss, against a second model written from the rules."""
 
 import copy
+import re
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -330,3 +331,14 @@ def test_first_weights_have_the_reference_spread():
         assert abs(weight.mean().item()) < 3 * std / n**0.5, name
         largest = weight.abs().max() / std
         assert largest > 3 if normal else 0.99 * 3**0.5 < largest <= 1.0001 * 3**0.5, name
+
+
+def test_a_gpus_model_built_by_its_sizes_alone_has_the_first_columns_numbers():
+    source = Path(train.__file__).read_text(encoding="utf-8")
+    fields = train.GPTConfig.__dataclass_fields__
+    for constant, field in (
+        ("SHORT_WINDOW", "short_window"),
+        ("VALUE_EMBEDDING_EVERY", "value_embedding_every"),
+    ):
+        (first_column,) = re.findall(rf"^{constant} = scale\((.+?),", source, re.M)
+        assert eval(first_column) == fields[field].default

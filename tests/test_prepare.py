@@ -199,7 +199,7 @@ def test_what_is_gone_or_cut_short_is_made_anew_with_a_line(small, own_text, cap
             damage(small.folder / name)
             (small.folder / "unfinished-12345").mkdir()  # of a killed process
             assert prepare.open_prepared() == small
-            assert f"preparing {own_text} in " in capsys.readouterr().out
+            assert "or no longer whole; doing it now" in capsys.readouterr().out
             assert contents_in(small.folder) == before
             assert not list(small.folder.glob("unfinished-*"))
 
@@ -462,21 +462,19 @@ def test_scored_rows_hold_every_package_in_proportion_wherever_documents_lie(own
     assert not set(documents_of(again, "val.bin")) & set(documents_of(again, *again.train))
 
 
-def test_of_text_that_changes_while_it_is_read_nothing_is_in_both_splits(own_text, monkeypatch):
+def test_text_that_changes_while_it_is_read_is_an_error_and_nothing_is_kept(own_text, monkeypatch):
     """It is read twice: for the hashes, then for the two files."""
     texts, readings = prepare.file_texts, []
 
     def edited(path):
         readings.append(path)
-        is_new = path.parent == own_text and readings.count(path) == 2
-        return ("changed " + text for text in texts(path)) if is_new else texts(path)
+        is_torn = path.name == "7.txt" and readings.count(path) == 2
+        return iter(()) if is_torn else texts(path)
 
     monkeypatch.setattr(prepare, "file_texts", edited)
-    prepared = prepare.open_prepared()
-    held_out = documents_of(prepared, "val.bin")
-    trained = documents_of(prepared, *prepared.train)
-    assert held_out and trained and not set(held_out) & set(trained)
-    assert all(text.startswith("changed ") for text in held_out + trained)
+    assert "the text changed while it was read; run: uv run prepare.py" in run_command(monkeypatch)
+    assert not files_in(prepare.prepared_directory(prepare.NUM_SHARDS))
+    assert run_command(monkeypatch) is None
 
 
 def test_files_are_read_in_the_same_order_on_every_platform(own_text):
