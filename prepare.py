@@ -771,7 +771,8 @@ def open_prepared(num_shards: int | None = None, workers: int = 8) -> Prepared:
         folder = prepared_directory(num_shards)
         prepared = read_manifest(folder)
         if prepared is None:
-            say(f"{DATASET} is not prepared yet, or no longer whole; doing it now, in {folder}")
+            why = "it is not prepared yet, or no longer whole; doing it now"
+            say(f"preparing {DATASET} in {folder}: {why}")
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(cache_directory() / "lock"):  # the system frees it when a process dies
                 prepared = make(folder, num_shards, workers)
